@@ -1,0 +1,124 @@
+"""What is measured: each contender is a function of a problem that returns the loss and leaves gradients behind."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import torch_api
+
+
+@dataclass
+class Problem:
+    """Inputs of one step, in bf16 on the GPU, with labels that are all valid."""
+
+    x: Tensor
+    weight: Tensor
+    labels: Tensor
+
+
+@dataclass
+class Step:
+    """Loss and gradients of one run."""
+
+    loss: float
+    grad_x: Tensor
+    grad_weight: Tensor
+
+
+# A contender prepares a problem, and answers with a function that runs one step and returns (loss, dx, dw).
+Prepare = Callable[[Problem], Callable[[], tuple]]
+
+
+def torch_step(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepare:
+    def prepare(problem: Problem) -> Callable[[], tuple]:
+        x, weight = (t.detach().clone().requires_grad_() for t in (problem.x, problem.weight))
+
+        def step() -> tuple:
+            x.grad = weight.grad = None
+            loss = loss_fn(x, weight, problem.labels)
+            loss.backward()
+            return loss.detach(), x.grad, weight.grad
+
+        return step
+
+    return prepare
+
+
+def upcast_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The usual loss of a language model: full logits, upcast to float32."""
+    return F.cross_entropy((x @ weight.T).float(), labels)
+
+
+def twinhead(**options) -> Prepare:
+    def loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        out = torch_api.fused_linear_cross_entropy(x, weight, labels, **options)
+        return out if isinstance(out, Tensor) else out.loss
+
+    return torch_step(loss)
+
+
+def twinhead_jax(**options) -> Prepare:
+    def prepare(problem: Problem) -> Callable[[], tuple]:
+        import jax_api
+
+        def loss(x, weight, labels):
+            out = jax_api.fused_linear_ce(x, weight, labels, **options)
+            return out.loss if isinstance(out, jax_api.CrossEntropyOutput) else out
+
+        return _jax_step(problem, loss)
+
+    return prepare
+
+
+def full_logits_jax(problem: Problem) -> Callable[[], tuple]:
+    """optax's loss over full logits, upcast to float32, compiled by XLA."""
+    import jax.numpy as jnp
+    import optax
+
+    def loss(x, weight, labels):
+        logits = (x @ weight.T).astype(jnp.float32)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    return _jax_step(problem, loss)
+
+
+def _jax_step(problem: Problem, loss: Callable) -> Callable[[], tuple]:
+    import jax
+    import jax.numpy as jnp
+
+    x, weight = (jnp.from_dlpack(t.detach()) for t in (problem.x, problem.weight))
+    labels = jnp.from_dlpack(problem.labels.int())
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+
+    def run() -> tuple:
+        value, (grad_x, grad_weight) = jax.block_until_ready(step(x, weight, labels))
+        return value, grad_x, grad_weight
+
+    return run
+
+
+def contenders() -> dict[str, Prepare]:
+    metrics = {"return_token_accuracy": True, "return_predicted_tokens": True}
+    found = {
+        "twinhead torch": twinhead(),
+        "twinhead torch, metrics": twinhead(**metrics),
+        "twinhead torch, speed": twinhead(memory="speed"),
+        "twinhead torch, lean": twinhead(memory="lean"),
+        "torch eager": torch_step(upcast_loss),
+        "torch compile": torch_step(torch.compile(upcast_loss)),
+    }
+    if importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["liger"] = torch_step(lambda x, weight, labels: liger(weight, x, labels))
+    if importlib.util.find_spec("jax") and importlib.util.find_spec("optax"):
+        found["twinhead jax"] = twinhead_jax()
+        found["jax, full logits"] = full_logits_jax
+    return found

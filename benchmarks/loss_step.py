@@ -1,0 +1,186 @@
+"""Time, memory and error of one training step of the loss head, beside the floor and the peers, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import torch
+from contenders import Problem, Step, contenders
+from shapes import SHAPES
+from tabulate import tabulate
+from torch import Tensor
+
+MIB = 2**20
+
+
+def make_problem(tokens: int, hidden: int, vocab: int) -> Problem:
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    x = normal(tokens, hidden).bfloat16()
+    weight = (normal(vocab, hidden) / hidden**0.5).bfloat16()
+    return Problem(x, weight, torch.randint(0, vocab, (tokens,), device="cuda", generator=generator))
+
+
+def reference(problem: Problem, rows: int = 1024) -> Step:
+    """Loss and gradients in float32, a block of tokens at a time."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tokens = problem.x.shape[0]
+    weight = problem.weight.float()
+    grad_x = torch.empty_like(problem.x, dtype=torch.float32)
+    grad_weight = torch.zeros_like(weight)
+    loss = 0.0
+    for first in range(0, tokens, rows):
+        x, labels = problem.x[first : first + rows].float(), problem.labels[first : first + rows]
+        log_p = (x @ weight.T).log_softmax(1)
+        loss -= float(log_p.gather(1, labels[:, None]).double().sum())
+        gradient = log_p.exp_().scatter_add_(1, labels[:, None], torch.full_like(labels[:, None], -1.0, dtype=x.dtype))
+        gradient /= tokens
+        grad_x[first : first + rows] = gradient @ weight
+        grad_weight.addmm_(gradient.T, x)
+    return Step(loss / tokens, grad_x, grad_weight)
+
+
+def floor(problem: Problem):
+    """The three products of a step over full shapes, on random data."""
+    x, weight = problem.x, problem.weight
+    logits = torch.randn(x.shape[0], weight.shape[0], device="cuda", dtype=x.dtype)
+    out = torch.empty_like(logits)
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+
+    def run() -> tuple:
+        torch.mm(x, weight.T, out=out)
+        torch.mm(logits, weight, out=grad_x)
+        torch.mm(logits.T, x, out=grad_weight)
+        return ()
+
+    return run
+
+
+def seconds(step) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+
+def extra_memory(step) -> float:
+    """Peak MiB of a torch step beyond its inputs and its gradients; a step has run before, so both are held already."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def relative_error(value, expected: Tensor) -> float:
+    value = torch.from_dlpack(value).float()
+    return float((value - expected).norm() / expected.norm())
+
+
+def measure(name: str, rounds: int) -> dict:
+    problem = make_problem(*SHAPES[name])
+    expected = reference(problem)
+    rows: dict[str, dict] = {}
+    steps = {}
+    for label, prepare in contenders().items():
+        print(f"{name}: checking {label}", flush=True)
+        try:
+            step = prepare(problem)
+            loss, grad_x, grad_weight = step()
+            row = {
+                "loss_error": abs(float(loss) - expected.loss) / expected.loss,
+                "dx_error": relative_error(grad_x, expected.grad_x),
+                "dw_error": relative_error(grad_weight, expected.grad_weight),
+            }
+            del loss, grad_x, grad_weight
+            if max(row.values()) > 0.02:
+                raise AssertionError(f"wrong results: {row}")
+            if "jax" not in label:  # torch's allocator does not see XLA's memory
+                row["extra_mib"] = extra_memory(step)
+        except Exception as error:  # a contender that fails is reported as such, and the others go on
+            print(f"{name}: {label} failed: {error!r:.300}", flush=True)
+            rows[label] = {"failed": f"{error!r:.300}"}
+            continue
+        rows[label], steps[label] = row, step
+    del expected
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    steps["floor"], rows["floor"] = floor(problem), {}
+    times: dict[str, list[float]] = {label: [] for label in steps}
+    for turn in range(rounds + 2):  # the first two warm the card up
+        for label, step in steps.items():
+            elapsed = seconds(step)
+            if turn >= 2:
+                times[label].append(elapsed)
+    for label, samples in times.items():
+        rows[label] |= {"ms": 1e3 * median(samples), "ms_min": 1e3 * min(samples), "ms_max": 1e3 * max(samples)}
+    for label in steps:
+        rows[label]["over_floor"] = rows[label]["ms"] / rows["floor"]["ms"]
+    tokens, hidden, vocab = SHAPES[name]
+    rows["floor"]["tflops"] = 6e-12 * tokens * hidden * vocab / (rows["floor"]["ms"] / 1e3)
+    return rows
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("torch", "triton", "jax", "liger-kernel"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
+    parser.add_argument("--commit", help="commit of the measured code, where git cannot tell")
+    arguments = parser.parse_args()
+
+    commit = arguments.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    results = {
+        "device": torch.cuda.get_device_name(),
+        "versions": versions(),
+        "commit": commit,
+        "dtype": "bfloat16",
+        "step": "forward + backward",
+        "shapes": {},
+    }
+    for name in arguments.shapes:
+        results["shapes"][name] = {"size": SHAPES[name], "rows": measure(name, arguments.rounds)}
+        torch.cuda.empty_cache()
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(table(name, results["shapes"][name]["rows"]), flush=True)
+
+
+def table(name: str, rows: dict[str, dict]) -> str:
+    columns = ("ms", "over_floor", "extra_mib", "loss_error", "dx_error", "dw_error")
+    body = [[label, *(row.get(column) for column in columns)] for label, row in rows.items()]
+    formats = ("", ".2f", ".3f", ".0f", ".1e", ".5f", ".5f")
+    return tabulate(body, [f"{name} {SHAPES[name]}", *columns], floatfmt=formats, missingval="-")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Which engine runs a plan: the Triton kernels, or plain torch operations. Decided here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+ENGINES = ("auto", "triton", "torch")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels are interpreted, on any device; Triton reads the variable when a kernel is defined."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def choose_engine(engine: str, device: torch.device) -> str:
+    """Answer ``"triton"`` or ``"torch"`` for a call on ``device``.
+
+    ``"auto"`` takes the kernels wherever they run: on a GPU, and everywhere under ``TRITON_INTERPRET=1``.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of 'auto', 'triton' and 'torch', got {engine!r}")
+    kernels_run = device.type == "cuda" or interpreting()
+    if engine == "triton" and not kernels_run:
+        raise ValueError(
+            f"engine='triton' needs a GPU, or TRITON_INTERPRET=1 set before Python starts; got arguments on {device}"
+        )
+    if engine == "auto":
+        return "triton" if kernels_run else "torch"
+    return engine

@@ -1,0 +1,107 @@
+"""Cross entropy over given logits: one program per token, one pass over its row forward and one backward.
+
+The online log-sum-exp is that of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+"""
+
+import triton
+import triton.language as tl
+
+from core_kernels.kernels.logits import (
+    NO_COLUMN,
+    block_argmax,
+    final_logits,
+    finite_or_zero,
+    gradient_coefficients,
+    is_valid,
+    logits_gradient,
+    merge_argmax,
+)
+from core_kernels.kernels.tokens import store_token
+
+
+@triton.jit
+def cross_entropy_forward(
+    logits, labels, class_weight, class_weight_sum,
+    loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+    stride_n, stride_v, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
+    PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, PREDICTED: tl.constexpr,
+    TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N,). ``logits`` (N, V) with any strides; the rest (N,), (V,) or scalars. A row's loss and statistics."""
+    token = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + token)
+    row_max = tl.full([], float("-inf"), tl.float32)
+    row_sum = tl.full([], 0.0, tl.float32)
+    target_logit = tl.full([], 0.0, tl.float32)
+    smooth_base = tl.full([], 0.0, tl.float32)
+    smooth_sum = tl.full([], 0.0, tl.float32)
+    top = tl.full([], float("-inf"), tl.float32)
+    argmax = tl.full([], NO_COLUMN, tl.int32)
+    if is_valid(label, ignore_index, V):
+        row = logits + token * stride_n
+        raw = tl.load(row + label.to(tl.int64) * stride_v).to(tl.float32)
+        target_logit = final_logits(raw, True, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        for start in range(0, V, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            in_vocab = column < V
+            z = tl.load(row + column.to(tl.int64) * stride_v, mask=in_vocab, other=0.0).to(tl.float32)
+            z = final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+            block_top, block_column = block_argmax(z, column, 0)
+            new_max = tl.maximum(row_max, block_top)
+            base = finite_or_zero(new_max)
+            row_sum = row_sum * tl.exp(row_max - base) + tl.sum(tl.exp(z - base), 0)
+            row_max = new_max
+            if SMOOTHING:
+                if start == 0:
+                    smooth_base = base
+                w = tl.where(in_vocab, 1.0, 0.0)
+                if CLASS_WEIGHT:
+                    w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
+                smooth_sum += tl.sum(tl.where(in_vocab, w * (z - smooth_base), 0.0), 0)
+            if ACCURACY or PREDICTED:
+                argmax = merge_argmax(top, argmax, block_top, block_column)
+                top = row_max
+    store_token(
+        token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, smooth_sum, argmax,
+        class_weight, class_weight_sum,
+        loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+        V, ignore_index, smoothing, lse_square_scale,
+        PER_TOKEN, Z_OUTPUT, ACCURACY, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
+    )  # fmt: skip
+
+
+@triton.jit
+def cross_entropy_backward(
+    logits, labels, class_weight, class_weight_sum, saved_max, saved_log_sum, token_scale, divisors,
+    grad_loss, grad_logits,
+    stride_n, stride_v, grad_stride, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
+    MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (N,). Writes ``grad_logits`` (N, V), contiguous, from the logits and the saved statistics of each row."""
+    token = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + token)
+    valid = is_valid(label, ignore_index, V)
+    row = logits + token * stride_n
+    grad_row = grad_logits + token * V
+    row_max = tl.load(saved_max + token, mask=valid, other=0.0)
+    log_sum = tl.load(saved_log_sum + token, mask=valid, other=0.0)
+    soft, target, uniform = gradient_coefficients(
+        token, label, valid, row_max, log_sum,
+        grad_loss, grad_stride, divisors, token_scale, class_weight, class_weight_sum,
+        V, smoothing, lse_square_scale,
+        MEAN, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING, Z_LOSS,
+    )  # fmt: skip
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        in_vocab = column < V
+        readable = column < tl.where(valid, V, 0)
+        z = tl.load(row + column.to(tl.int64) * stride_v, mask=readable, other=0.0).to(tl.float32)
+        z = final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        g = logits_gradient(
+            z, column, in_vocab, label, row_max, log_sum, soft, target, uniform,
+            class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
+        )  # fmt: skip
+        g = tl.where(valid, g, 0.0)
+        tl.store(grad_row + column, g.to(grad_logits.dtype.element_ty), mask=in_vocab)

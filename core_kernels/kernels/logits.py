@@ -1,0 +1,122 @@
+"""Per-element maths of a tile of logits: scale and softcap, its argmax, its gradient. Device functions, no kernels.
+
+Throughout, a *final* logit is ``z = cap(scale * (x @ w + bias))`` in float32, a column past the vocab holds ``-inf``,
+and a token is *valid* when its label is a class.
+"""
+
+import triton
+import triton.language as tl
+
+NO_COLUMN = tl.constexpr(2147483647)
+NAN_COLUMN = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def tanh(u):
+    """tanh in float32, accurate relative to its value near 0 as well (an exponential alone cancels there)."""
+    a = tl.abs(u)
+    e = tl.exp(-2.0 * a)
+    far = (1.0 - e) / (1.0 + e)
+    s = u * u
+    p = -5.883185137e-03 * s + 2.078510944e-02  # a least-squares fit of (tanh(u) - u) / u^3, error 3e-9
+    p = p * s - 5.378038901e-02
+    p = p * s + 1.333188019e-01
+    p = p * s - 3.333329618e-01
+    return tl.where(a < 0.55, u + u * (s * p), tl.where(u < 0, -far, far))
+
+
+@triton.jit
+def final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Scale, cap, and only then mask: a padded column masked before the cap would come out as ``-softcap``."""
+    if HAS_SCALE:
+        z = z * logit_scale
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return tl.where(in_vocab, z, float("-inf"))
+
+
+@triton.jit
+def finite_or_zero(row_max):
+    """A maximum that is safe to subtract: ``-inf - -inf`` would turn a block of masked logits into NaN."""
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
+
+
+@triton.jit
+def block_argmax(z, columns, AXIS: tl.constexpr):
+    """The maximum that is not NaN, and its lowest column; a NaN's column is offset to below 0, so that it wins."""
+    is_nan = z != z
+    top = tl.max(tl.where(is_nan, float("-inf"), z), AXIS)
+    at_top = z == (tl.expand_dims(top, AXIS) if AXIS == 1 else top)
+    return top, tl.min(tl.where(is_nan, columns + NAN_COLUMN, tl.where(at_top, columns, NO_COLUMN)), AXIS)
+
+
+@triton.jit
+def merge_argmax(top, column, next_top, next_column):
+    """Merge the argmax of later columns into that of earlier ones: the first NaN, else the largest, else the lowest."""
+    larger = (next_top > top) | ((next_top == top) & (next_column < column))
+    return tl.where((column >= 0) & ((next_column < 0) | larger), next_column, column)
+
+
+@triton.jit
+def argmax_column(column):
+    """The column that ``block_argmax`` encoded."""
+    return tl.where(column < 0, column - NAN_COLUMN, column)
+
+
+@triton.jit
+def is_valid(label, ignore_index, V):
+    label = label.to(tl.int64)
+    return (label != ignore_index) & (label >= 0) & (label < V)
+
+
+@triton.jit
+def gradient_coefficients(
+    token, label, valid, row_max, log_sum,
+    grad_loss, grad_stride, divisors, token_scale, class_weight, class_weight_sum,
+    V, smoothing, lse_square_scale,
+    MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+):  # fmt: skip
+    """Row factors of ``dL/dz_v = soft * softmax(z)_v - target * [v == label] - uniform * w_v``, upstream included."""
+    g = tl.load(grad_loss + token * grad_stride, mask=valid, other=0.0)
+    if TOKEN_SCALING:
+        g = g * tl.load(token_scale + token, mask=valid, other=0.0)
+    g_z = g
+    if MEAN:
+        g_z = g * tl.load(divisors + 1)
+        g = g * tl.load(divisors)
+    target = g
+    uniform = g * 0.0
+    soft = g
+    if CLASS_WEIGHT:
+        target = g * tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
+        soft = target
+    if SMOOTHING:
+        target = target * (1.0 - smoothing)
+        uniform = g * (smoothing / V)
+        soft = target + uniform * (tl.load(class_weight_sum) if CLASS_WEIGHT else V)
+    if Z_LOSS:
+        soft = soft + 2.0 * lse_square_scale * (row_max + log_sum) * g_z
+    return soft, target, uniform
+
+
+@triton.jit
+def logits_gradient(
+    z, columns, in_vocab, label, row_max, log_sum, soft, target, uniform,
+    class_weight, logit_scale, softcap,
+    CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above."""
+    g = tl.exp((z - row_max) - log_sum) * soft
+    if SMOOTHING:
+        if CLASS_WEIGHT:
+            g = g - uniform * tl.load(class_weight + columns, mask=in_vocab, other=0.0).to(tl.float32)
+        else:
+            g = g - uniform
+    g = g - tl.where(columns == label, target, 0.0)
+    if HAS_SOFTCAP:
+        capped = z / softcap
+        g = g * (1.0 - capped * capped)
+    if HAS_SCALE:
+        g = g * logit_scale
+    return g

@@ -1,0 +1,106 @@
+"""The products of the backward pass: a slab of logit gradients becomes gradients of ``x``, ``weight`` and ``bias``."""
+
+import triton
+import triton.language as tl
+
+from core_kernels.kernels.linear import grouped_tile
+
+
+@triton.jit
+def add_input_gradient(
+    slab, weight, grad_rows, num_valid, stride_wv, stride_wh, H, first_column, slab_columns,
+    FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (token tiles * hidden tiles,). ``grad_rows (valid tokens, H) (+)= slab @ weight[columns]`` in float32."""
+    count = tl.load(num_valid)
+    token_tiles = tl.cdiv(count, M)
+    hidden_tiles = tl.cdiv(H, N)
+    index = tl.program_id(0)
+    if index >= token_tiles * hidden_tiles:
+        return
+    tile, hidden_tile = grouped_tile(index, token_tiles, hidden_tiles, GROUP)
+    rank = (tile * M + tl.arange(0, M)).to(tl.int64)
+    h = hidden_tile * N + tl.arange(0, N)
+    k = tl.arange(0, K)
+    inside = rank < count
+    in_hidden = h < H
+    at = rank[:, None] * H + h[None, :]
+    mask = inside[:, None] & in_hidden[None, :]
+    total = tl.zeros([M, N], tl.float32)
+    if not FIRST:
+        total = tl.load(grad_rows + at, mask=mask, other=0.0)
+    g_tile = slab + rank[:, None] * slab_columns + k[None, :]
+    w_tile = weight + (first_column + k[:, None]).to(tl.int64) * stride_wv + h[None, :].to(tl.int64) * stride_wh
+    for start in range(0, slab_columns, K):
+        in_slab = start + k < slab_columns
+        a = tl.load(g_tile, mask=inside[:, None] & in_slab[None, :], other=0.0)
+        b = tl.load(w_tile, mask=in_slab[:, None] & in_hidden[None, :], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        g_tile += K
+        w_tile += tl.cast(stride_wv, tl.int64) * K
+    tl.store(grad_rows + at, total, mask=mask)
+
+
+@triton.jit
+def scatter_input_gradient(grad_rows, valid_position, grad_x, H, BLOCK: tl.constexpr):
+    """Grid (tokens, blocks of H). ``grad_x (tokens, H)``: the valid tokens' rows, rounded once, and exact zeros."""
+    token = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    position = tl.load(valid_position + token).to(tl.int64)
+    g = tl.load(grad_rows + position * H + h, mask=h < tl.where(position >= 0, H, 0), other=0.0)
+    tl.store(grad_x + token * H + h, g.to(grad_x.dtype.element_ty), mask=h < H)
+
+
+@triton.jit
+def weight_gradient(
+    slab, x, grad_weight, valid_tokens, num_valid,
+    stride_xn, stride_xh, stride_gv, stride_gh, H, first_column, slab_columns,
+    UPCAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (vocab tiles of the slab * hidden tiles,). ``grad_weight[columns] = slab.T @ x[valid tokens]``."""
+    count = tl.load(num_valid)
+    vocab_tiles = tl.cdiv(slab_columns, M)
+    hidden_tiles = tl.cdiv(H, N)
+    tile, hidden_tile = grouped_tile(tl.program_id(0), vocab_tiles, hidden_tiles, GROUP)
+    slab_column = tile * M + tl.arange(0, M)
+    h = hidden_tile * N + tl.arange(0, N)
+    k = tl.arange(0, K)
+    in_slab = slab_column < slab_columns
+    in_hidden = h < H
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(0, count, K):
+        rank = start + k
+        inside = rank < count
+        token = tl.load(valid_tokens + rank, mask=inside, other=0).to(tl.int64)
+        g_tile = slab + rank.to(tl.int64)[None, :] * slab_columns + slab_column[:, None]
+        x_tile = x + token[:, None] * stride_xn + h[None, :].to(tl.int64) * stride_xh
+        a = tl.load(g_tile, mask=in_slab[:, None] & inside[None, :], other=0.0)
+        b = tl.load(x_tile, mask=inside[:, None] & in_hidden[None, :], other=0.0)
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    column = (first_column + slab_column).to(tl.int64)
+    at = column[:, None] * stride_gv + h[None, :].to(tl.int64) * stride_gh
+    tl.store(grad_weight + at, total.to(grad_weight.dtype.element_ty), mask=in_slab[:, None] & in_hidden[None, :])
+
+
+@triton.jit
+def bias_gradient(
+    slab, grad_bias, num_valid, first_column, slab_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Grid (blocks of slab columns,). ``grad_bias[columns]``: column sums of the slab, in float32, in order."""
+    count = tl.load(num_valid)
+    slab_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    in_slab = slab_column < slab_columns
+    total = tl.zeros([COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        rank = start + tl.arange(0, ROWS)
+        at = rank.to(tl.int64)[:, None] * slab_columns + slab_column[None, :]
+        g = tl.load(slab + at, mask=(rank < count)[:, None] & in_slab[None, :], other=0.0)
+        total += tl.sum(g.to(tl.float32), 0)
+    tl.store(grad_bias + first_column + slab_column, total.to(grad_bias.dtype.element_ty), mask=in_slab)

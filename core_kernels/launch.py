@@ -1,0 +1,38 @@
+"""The core's entry point: run a plan over tensors that the caller provides.
+
+Nothing here allocates on a GPU, waits for it, or raises on data: buffers go in, and come back filled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core_kernels.plan import Plan
+
+
+def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Fill every buffer that ``plan`` lists, reading the inputs that it names, on the current stream.
+
+    Args:
+        plan: from ``plan_forward`` or ``plan_backward``.
+        tensors: every input and buffer by name. Tokens are one dimension: ``x (N, H)``, ``labels (N,)``. Inputs may
+            have any strides, except that ``labels``, ``bias``, ``class_weight`` and ``grad_loss`` are contiguous.
+            Buffers are contiguous; ``grad_weight`` may be a transposed view of a contiguous buffer.
+    """
+    if plan.problem.tokens == 0:
+        for buffer in plan.outputs:
+            tensors[buffer.name].zero_()
+        return
+    # Imported when first used: the Triton engine needs Triton, which not every machine has.
+    engine: Any = importlib.import_module(f"core_kernels.{plan.engine}_engine")
+    with torch.no_grad(), engine.guard(tensors["labels"].device):
+        if plan.problem.hidden is None:
+            step = engine.cross_entropy_backward if plan.backward else engine.cross_entropy_forward
+        else:
+            step = engine.linear_backward if plan.backward else engine.linear_forward
+        step(plan, tensors)

@@ -1,0 +1,83 @@
+"""What a loss call computes, beside its tensors: one frozen value, validated once and shared by both frontends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+REDUCTIONS = ("none", "mean", "sum")
+FLAGS = ("use_token_scaling", "return_z_loss", "return_token_accuracy", "return_predicted_tokens", "check_labels")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a cross entropy, by the names that the public functions give them.
+
+    Construction validates and normalises every field (``1`` becomes ``1.0`` where a float is meant), so equal options
+    compare and hash equal, and nothing below this value has to check it again.
+
+    Raises:
+        TypeError: a field has the wrong type (a flag must be a ``bool``, a number must not be one).
+        ValueError: a field has the right type and no meaning (a negative smoothing, a softcap of zero).
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    lse_square_scale: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    reduction: str = "mean"
+    use_token_scaling: bool = False
+    return_z_loss: bool = False
+    return_token_accuracy: bool = False
+    return_predicted_tokens: bool = False
+    check_labels: bool = False
+
+    def __post_init__(self) -> None:
+        for name in FLAGS:
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, Integral):
+            raise TypeError(f"ignore_index must be an int, got {self.ignore_index!r}")
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit in 64 bits, got {self.ignore_index!r}")
+        self._set("ignore_index", int(self.ignore_index))
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction must be one of 'none', 'mean' and 'sum', got {self.reduction!r}")
+
+        self._number("label_smoothing", lambda v: 0.0 <= v <= 1.0, "between 0 and 1")
+        self._number("lse_square_scale", lambda v: v >= 0.0, "finite and not negative")
+        self._number("logit_scale", lambda v: v != 0.0, "finite and not 0")
+        if self.softcap is not None:
+            self._number("softcap", lambda v: v > 0.0, "None, or finite and greater than 0")
+
+    def _number(self, name: str, allowed: Callable[[float], bool], wanted: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a Python number, got {value!r}")
+        if not (math.isfinite(value) and allowed(float(value))):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        self._set(name, float(value))
+
+    def _set(self, name: str, value: int | float) -> None:
+        object.__setattr__(self, name, value)
+
+    @property
+    def needs_argmax(self) -> bool:
+        """Predictions and accuracy share one argmax; without both it is compiled out."""
+        return self.return_predicted_tokens or self.return_token_accuracy
+
+    @property
+    def per_token(self) -> bool:
+        return self.reduction == "none"
+
+    @property
+    def returns_output(self) -> bool:
+        """Whether the call answers with a ``CrossEntropyOutput`` rather than the bare loss."""
+        return self.return_z_loss or self.needs_argmax
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))

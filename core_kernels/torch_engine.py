@@ -1,0 +1,298 @@
+"""Runs plans with plain torch operations, for machines without a GPU: the same slices, no Triton.
+
+Every function works on one slab of float32 logits at a time, in the plan's workspace; its other temporaries are no
+larger. Rows of tokens that are not valid are zeroed on the way in, so that nothing in them reaches a sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core_kernels.options import Options
+from core_kernels.plan import Plan
+
+Tensors = Mapping[str, Tensor]
+
+
+def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Torch operations need no guard; the Triton engine does."""
+    return contextlib.nullcontext()
+
+
+def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
+    valid = _valid(plan, t["labels"])
+    labels = _safe_labels(t["labels"], valid)
+    parts = []
+    for first, last in _slices(plan.problem.tokens, plan.slab):
+        z = _final_logits_of_rows(plan, t, valid, first, last)
+        parts.append(_RowStatistics.of(z, labels[first:last], 0, plan.options, t.get("class_weight")))
+    _finish_tokens(plan, t, valid, labels, _RowStatistics.stack(parts))
+
+
+def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
+    if not plan.outputs:
+        return
+    valid = _valid(plan, t["labels"])
+    labels = _safe_labels(t["labels"], valid)
+    factors = _gradient_factors(plan, t, valid, labels)
+    for first, last in _slices(plan.problem.tokens, plan.slab):
+        z = _final_logits_of_rows(plan, t, valid, first, last)
+        rows = [factor[first:last] for factor in factors]
+        g = _logits_gradient(plan, t, z, labels[first:last], 0, *rows)
+        t["grad_logits"][first:last].copy_(g.masked_fill_(~valid[first:last, None], 0.0))
+
+
+def linear_forward(plan: Plan, t: Tensors) -> None:
+    valid = _valid(plan, t["labels"])
+    labels = _safe_labels(t["labels"], valid)
+    rows = _valid_rows(t["x"], valid)
+    statistics = None
+    for first, last in _slices(plan.problem.vocab, plan.slab):
+        z = _final_logits_of_columns(plan, t, rows, first, last)
+        class_weight = t["class_weight"][first:last] if "class_weight" in t else None
+        part = _RowStatistics.of(z, labels, first, plan.options, class_weight)
+        statistics = part if statistics is None else statistics.merge(part)
+    assert statistics is not None
+    _finish_tokens(plan, t, valid, labels, statistics)
+
+
+def linear_backward(plan: Plan, t: Tensors) -> None:
+    if not plan.outputs:
+        return
+    valid = _valid(plan, t["labels"])
+    labels = _safe_labels(t["labels"], valid)
+    rows = _valid_rows(t["x"], valid)
+    factors = _gradient_factors(plan, t, valid, labels)
+    for first, last in _slices(plan.problem.vocab, plan.slab):
+        z = _final_logits_of_columns(plan, t, rows, first, last)
+        g = _logits_gradient(plan, t, z, labels, first, *factors).masked_fill_(~valid[:, None], 0.0)
+        if "grad_x" in t:
+            weight = t["weight"][first:last].float()
+            if first == 0:
+                torch.mm(g, weight, out=t["grad_rows"])
+            else:
+                t["grad_rows"].addmm_(g, weight)
+        if "grad_weight" in t:
+            t["grad_weight"][first:last].copy_(g.T @ rows)
+        if "grad_bias" in t:
+            t["grad_bias"][first:last].copy_(g.sum(0))
+    if "grad_x" in t:
+        t["grad_x"].copy_(t["grad_rows"].masked_fill_(~valid[:, None], 0.0))
+
+
+@dataclass
+class _RowStatistics:
+    """What a loss needs of each row of final logits: ``lse = maximum + log(total)``, kept apart so as not to round."""
+
+    maximum: Tensor
+    total: Tensor  # sum of exp(z - maximum)
+    target: Tensor  # the label's logit, 0 where the label is in another slice
+    argmax: Tensor | None
+    top: Tensor  # the value at argmax: the maximum, or NaN
+    smooth: Tensor | None  # sum of w_v (z_v - base)
+    base: Tensor
+    weight: Tensor | float  # sum of w_v
+
+    @classmethod
+    def of(cls, z: Tensor, labels: Tensor, first: int, options: Options, class_weight: Tensor | None) -> _RowStatistics:
+        """Statistics of the columns from ``first`` that ``z`` holds; overwrites ``z``."""
+        columns = z.shape[1]
+        here = (labels >= first) & (labels < first + columns)
+        index = (labels - first).clamp(0, columns - 1)
+        target = torch.where(here, z.gather(1, index[:, None])[:, 0], 0.0)
+        if options.needs_argmax:
+            top, argmax = z.max(1)  # the lowest index on a tie, the first NaN
+            argmax += first
+        else:
+            top, argmax = z.amax(1), None
+        maximum = torch.where(top.isnan(), float("-inf"), top)
+        base = _finite_or_zero(maximum)
+        z.sub_(base[:, None])
+        smooth: Tensor | None = None
+        weight: Tensor | float = float(columns)
+        if options.label_smoothing > 0:
+            if class_weight is None:
+                smooth = z.sum(1)
+            else:
+                smooth, weight = (z * class_weight.float()).sum(1), class_weight.float().sum()
+        return cls(maximum, z.exp_().sum(1), target, argmax, top, smooth, base, weight)
+
+    @classmethod
+    def stack(cls, parts: Sequence[_RowStatistics]) -> _RowStatistics:
+        """Statistics of the rows of all ``parts``, one after the other."""
+
+        def rows(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            return values[0] if values[0] is None else torch.cat(values)
+
+        per_row: dict[str, Any] = {field.name: rows(field.name) for field in fields(cls) if field.name != "weight"}
+        return cls(**per_row, weight=parts[0].weight)
+
+    def merge(self, later: _RowStatistics) -> _RowStatistics:
+        """Statistics of these columns and the ``later`` ones together."""
+        maximum = torch.maximum(self.maximum, later.maximum)
+        base = _finite_or_zero(maximum)
+        total = self.total * (self.maximum - base).exp() + later.total * (later.maximum - base).exp()
+        argmax, smooth = None, None
+        if self.argmax is not None and later.argmax is not None:
+            wins = (later.top > self.top) | (later.top.isnan() & ~self.top.isnan())
+            argmax = torch.where(wins, later.argmax, self.argmax)
+        if self.smooth is not None and later.smooth is not None:
+            smooth = self.smooth + later.smooth + later.weight * (later.base - self.base)
+        return _RowStatistics(
+            maximum,
+            total,
+            self.target + later.target,
+            argmax,
+            torch.maximum(self.top, later.top),
+            smooth,
+            self.base,
+            self.weight + later.weight,
+        )
+
+
+def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: _RowStatistics) -> None:
+    """Losses and metrics from each row's statistics, and what the backward pass reads."""
+    options = plan.options
+    log_sum = rows.total.log()
+    nll = (rows.maximum - rows.target) + log_sum
+    t["row_max"].copy_(rows.maximum)
+    t["log_sum"].copy_(log_sum)
+
+    token_weight = t["class_weight"][labels].float() if "class_weight" in t else torch.ones_like(nll)
+    loss = nll * token_weight
+    if rows.smooth is not None:
+        spread = ((rows.maximum - rows.base) + log_sum) * rows.weight - rows.smooth
+        loss = (1.0 - options.label_smoothing) * loss + options.label_smoothing / plan.problem.vocab * spread
+    z_loss = options.lse_square_scale * (rows.maximum + log_sum).square()
+    if options.use_token_scaling:
+        scale = t["token_scale"].copy_((-nll).exp())
+        loss, z_loss = loss * scale, z_loss * scale
+    missing = torch.where(t["labels"] == options.ignore_index, 0.0, float("nan"))
+    loss = torch.where(valid, loss, missing)
+    z_loss = torch.where(valid, z_loss, missing)
+
+    count = valid.sum()
+    by_weight = by_count = torch.ones((), device=valid.device)
+    if options.reduction == "mean":
+        by_weight = _reciprocal_or_zero(torch.where(valid, token_weight, 0.0).sum())
+        by_count = _reciprocal_or_zero(count.float())
+        t["divisors"].copy_(torch.stack([by_weight, by_count]))
+    if not options.per_token:
+        loss, z_loss = loss.sum() * by_weight, z_loss.sum() * by_count
+    t["loss"].copy_(loss + z_loss)
+    if options.return_z_loss:
+        t["z_loss"].copy_(z_loss)
+    if rows.argmax is None:
+        return
+    correct = (valid & (rows.argmax == labels)).float()
+    if options.return_token_accuracy:
+        t["token_accuracy"].copy_(correct if options.per_token else correct.sum() / count.clamp(min=1))
+    if options.return_predicted_tokens:
+        t["predicted_tokens"].copy_(torch.where(valid, rows.argmax, -1))
+
+
+def _gradient_factors(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Row factors of ``dL/dz_v = soft * softmax(z)_v - target * [v == label] - uniform * w_v``, and the row's lse."""
+    options, vocab = plan.options, plan.problem.vocab
+    g = t["grad_loss"].float().expand(plan.problem.tokens)
+    if options.use_token_scaling:
+        g = g * t["token_scale"]
+    g_z = g
+    if options.reduction == "mean":
+        g, g_z = g * t["divisors"][0], g_z * t["divisors"][1]
+    weight = t.get("class_weight")
+    token_weight = 1.0 if weight is None else weight[labels].float()
+    uniform = g * (options.label_smoothing / vocab)
+    target = g * token_weight * (1.0 - options.label_smoothing)
+    soft = target + uniform * (vocab if weight is None else weight.float().sum())
+    if options.lse_square_scale > 0:
+        soft = soft + 2.0 * options.lse_square_scale * (t["row_max"] + t["log_sum"]) * g_z
+    return soft, target, uniform, t["row_max"], t["log_sum"]
+
+
+def _logits_gradient(
+    plan: Plan,
+    t: Tensors,
+    z: Tensor,
+    labels: Tensor,
+    first: int,
+    soft: Tensor,
+    target: Tensor,
+    uniform: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+) -> Tensor:
+    """Gradient by the raw logits of the columns from ``first`` that ``z`` holds as final logits; overwrites ``z``."""
+    options, columns = plan.options, z.shape[1]
+    slope = None if options.softcap is None else (1.0 - (z / options.softcap).square()).mul_(options.logit_scale)
+    g = z.sub_(row_max[:, None]).sub_(log_sum[:, None]).exp_().mul_(soft[:, None])
+    if options.label_smoothing > 0:
+        if "class_weight" in t:
+            g.sub_(uniform[:, None] * t["class_weight"][first : first + columns].float())
+        else:
+            g.sub_(uniform[:, None])
+    here = (labels >= first) & (labels < first + columns)
+    index = (labels - first).clamp(0, columns - 1)
+    g.scatter_add_(1, index[:, None], torch.where(here, -target, 0.0)[:, None])
+    if slope is not None:
+        return g.mul_(slope)
+    return g if options.logit_scale == 1.0 else g.mul_(options.logit_scale)
+
+
+def _final_logits_of_rows(plan: Plan, t: Tensors, valid: Tensor, first: int, last: int) -> Tensor:
+    z = _slab(t, last - first, plan.problem.vocab)
+    z.copy_(t["logits"][first:last]).masked_fill_(~valid[first:last, None], 0.0)
+    return _scale_and_cap(z, plan.options)
+
+
+def _final_logits_of_columns(plan: Plan, t: Tensors, rows: Tensor, first: int, last: int) -> Tensor:
+    z = _slab(t, plan.problem.tokens, last - first)
+    torch.mm(rows, t["weight"][first:last].float().T, out=z)
+    if "bias" in t:
+        z.add_(t["bias"][first:last].float())
+    return _scale_and_cap(z, plan.options)
+
+
+def _scale_and_cap(z: Tensor, options: Options) -> Tensor:
+    if options.logit_scale != 1.0:
+        z.mul_(options.logit_scale)
+    if options.softcap is not None:
+        z.div_(options.softcap).tanh_().mul_(options.softcap)
+    return z
+
+
+def _slab(t: Tensors, rows: int, columns: int) -> Tensor:
+    return t["slab"][: rows * columns].view(rows, columns)
+
+
+def _slices(total: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, total)) for first in range(0, total, step)]
+
+
+def _valid(plan: Plan, labels: Tensor) -> Tensor:
+    labels = labels.long()
+    return (labels != plan.options.ignore_index) & (labels >= 0) & (labels < plan.problem.vocab)
+
+
+def _safe_labels(labels: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, labels.long(), 0)
+
+
+def _valid_rows(x: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid[:, None], x.float(), 0.0)
+
+
+def _finite_or_zero(maximum: Tensor) -> Tensor:
+    """A maximum that is safe to subtract: ``-inf - -inf`` would turn a block of masked logits into NaN."""
+    return torch.where(maximum == float("-inf"), 0.0, maximum)
+
+
+def _reciprocal_or_zero(divisor: Tensor) -> Tensor:
+    return torch.where(divisor == 0.0, 0.0, 1.0 / divisor)

@@ -1,0 +1,307 @@
+"""Runs plans with the Triton kernels: which kernels, over which grids, on which buffers."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from core_kernels.engine import interpreting
+from core_kernels.kernels import cross_entropy, linear, products, tokens
+from core_kernels.plan import Plan
+
+Tensors = Mapping[str, Tensor]
+
+TOKEN_BLOCK = 32  # tokens that one program finishes: small, so that many programs read the strips
+REDUCE_BLOCK = 1024
+
+# The interpreter replaces parts of triton.language process-wide while a kernel runs, so only one may run at a time.
+_INTERPRETER_LOCK = threading.RLock()
+
+
+@contextlib.contextmanager
+def guard(device: torch.device) -> Iterator[None]:
+    """Launch on ``device``; one thread at a time where kernels are interpreted, and never a lock on a GPU."""
+    if interpreting():
+        with _INTERPRETER_LOCK, np.errstate(all="ignore"):  # masked lanes overflow, as they do on a GPU
+            yield
+    else:
+        with torch.cuda.device(device):
+            yield
+
+
+def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
+    logits = t["logits"]
+    _sum_class_weight(plan, t)
+    cross_entropy.cross_entropy_forward[(plan.problem.tokens,)](
+        logits,
+        t["labels"],
+        *_class_weight(t),
+        *_token_buffers(plan, t),
+        *logits.stride(),
+        plan.problem.vocab,
+        plan.options.ignore_index,
+        **_logit_options(plan),
+        **_loss_options(plan),
+        **_metric_flags(plan),
+        BLOCK=_row_block(plan),
+        num_warps=8,
+    )
+    _reduce_tokens(plan, t)
+
+
+def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
+    if not plan.outputs:
+        return
+    logits = t["logits"]
+    cross_entropy.cross_entropy_backward[(plan.problem.tokens,)](
+        logits,
+        t["labels"],
+        *_class_weight(t),
+        t["row_max"],
+        t["log_sum"],
+        t.get("token_scale"),
+        t.get("divisors"),
+        t["grad_loss"],
+        t["grad_logits"],
+        *logits.stride(),
+        _grad_stride(plan),
+        plan.problem.vocab,
+        plan.options.ignore_index,
+        **_logit_options(plan),
+        **_loss_options(plan),
+        **_gradient_flags(plan),
+        BLOCK=_row_block(plan),
+        num_warps=8,
+    )
+
+
+def linear_forward(plan: Plan, t: Tensors) -> None:
+    problem, tile = plan.problem, plan.tile
+    x, weight = t["x"], t["weight"]
+    n, vocab, strips = problem.tokens, problem.vocab, plan.strips
+    _sum_class_weight(plan, t)
+    tokens.compact_valid_tokens[(1,)](
+        t["labels"],
+        t["valid_tokens"],
+        t["valid_position"],
+        t["num_valid"],
+        n,
+        vocab,
+        plan.options.ignore_index,
+        BLOCK=REDUCE_BLOCK,
+    )
+    linear.strip_statistics[(triton.cdiv(n, tile.m) * strips,)](
+        x,
+        weight,
+        t.get("bias"),
+        t["labels"],
+        t.get("class_weight"),
+        t["valid_tokens"],
+        t["num_valid"],
+        t["target_logit"],
+        t["strip_max"],
+        t["strip_sum"],
+        t.get("strip_smooth"),
+        t.get("strip_argmax"),
+        *x.stride(),
+        *weight.stride(),
+        n,
+        vocab,
+        problem.hidden,
+        strips,
+        **_logit_options(plan),
+        ARGMAX=plan.options.needs_argmax,
+        CLASS_WEIGHT=problem.has_class_weight,
+        SMOOTHING=plan.options.label_smoothing > 0,
+        **_projection(plan),
+    )
+    linear.finish_tokens[(triton.cdiv(n, TOKEN_BLOCK),)](
+        t["labels"],
+        t["valid_position"],
+        t["target_logit"],
+        t["strip_max"],
+        t["strip_sum"],
+        t.get("strip_smooth"),
+        t.get("strip_argmax"),
+        *_class_weight(t),
+        *_token_buffers(plan, t),
+        n,
+        vocab,
+        strips,
+        plan.options.ignore_index,
+        **_loss_options(plan),
+        **_metric_flags(plan),
+        BLOCK=TOKEN_BLOCK,
+        num_warps=1,
+    )
+    _reduce_tokens(plan, t)
+
+
+def linear_backward(plan: Plan, t: Tensors) -> None:
+    problem, tile = plan.problem, plan.tile
+    n, vocab, hidden = problem.tokens, problem.vocab, problem.hidden
+    assert hidden is not None
+    x, weight = t["x"], t["weight"]
+    grad_x, grad_weight, grad_bias = t.get("grad_x"), t.get("grad_weight"), t.get("grad_bias")
+    token_tiles = triton.cdiv(n, tile.m)
+    hidden_tiles = triton.cdiv(hidden, tile.n)
+    blocks = _blocks(plan)
+    for first in range(0, vocab, plan.slab) if plan.outputs else ():
+        columns = min(plan.slab, vocab - first)
+        slab = t["slab"]
+        linear.slab_gradient[(token_tiles * triton.cdiv(columns, tile.n),)](
+            x,
+            weight,
+            t.get("bias"),
+            t["labels"],
+            *_class_weight(t),
+            t["valid_tokens"],
+            t["num_valid"],
+            t["row_max"],
+            t["log_sum"],
+            t.get("token_scale"),
+            t.get("divisors"),
+            t["grad_loss"],
+            slab,
+            *x.stride(),
+            *weight.stride(),
+            _grad_stride(plan),
+            vocab,
+            hidden,
+            first,
+            columns,
+            plan.options.ignore_index,
+            **_logit_options(plan),
+            **_loss_options(plan),
+            **_gradient_flags(plan),
+            **_projection(plan),
+        )
+        if grad_x is not None:
+            products.add_input_gradient[(token_tiles * hidden_tiles,)](
+                slab, weight, t["grad_rows"], t["num_valid"], *weight.stride(), hidden, first, columns,
+                FIRST=first == 0, **blocks,
+            )  # fmt: skip
+        if grad_weight is not None:
+            products.weight_gradient[(triton.cdiv(columns, tile.m) * hidden_tiles,)](
+                slab, x, grad_weight, t["valid_tokens"], t["num_valid"], *x.stride(), *grad_weight.stride(),
+                hidden, first, columns, **blocks,
+            )  # fmt: skip
+        if grad_bias is not None:
+            products.bias_gradient[(triton.cdiv(columns, 64),)](
+                slab, grad_bias, t["num_valid"], first, columns, ROWS=64, COLUMNS=64
+            )
+    if grad_x is not None:
+        products.scatter_input_gradient[(n, triton.cdiv(hidden, 1024))](
+            t["grad_rows"], t["valid_position"], grad_x, hidden, BLOCK=1024
+        )
+
+
+def _sum_class_weight(plan: Plan, t: Tensors) -> None:
+    if "class_weight_sum" in t:
+        tokens.sum_class_weight[(1,)](
+            t["class_weight"], t["class_weight_sum"], plan.problem.vocab, BLOCK=REDUCE_BLOCK
+        )
+
+
+def _reduce_tokens(plan: Plan, t: Tensors) -> None:
+    if plan.options.per_token:
+        return
+    tokens.reduce_tokens[(1,)](
+        t["labels"],
+        t["token_loss"],
+        t["token_z_loss"],
+        t.get("token_correct"),
+        t.get("class_weight"),
+        t["loss"],
+        t.get("z_loss"),
+        t.get("token_accuracy"),
+        t.get("divisors"),
+        plan.problem.tokens,
+        plan.problem.vocab,
+        plan.options.ignore_index,
+        MEAN=plan.options.reduction == "mean",
+        Z_OUTPUT=plan.options.return_z_loss,
+        ACCURACY=plan.options.return_token_accuracy,
+        CLASS_WEIGHT=plan.problem.has_class_weight,
+        BLOCK=REDUCE_BLOCK,
+    )
+
+
+def _class_weight(t: Tensors) -> tuple[Tensor | None, Tensor | None]:
+    return t.get("class_weight"), t.get("class_weight_sum")
+
+
+def _token_buffers(plan: Plan, t: Tensors) -> tuple[Tensor | None, ...]:
+    """Where a token's results go: straight to the outputs, or to the workspace to be reduced from there."""
+    if plan.options.per_token:
+        results = t["loss"], t.get("z_loss"), t.get("token_accuracy")
+    else:
+        results = t["token_loss"], t["token_z_loss"], t.get("token_correct")
+    return *results, t.get("predicted_tokens"), t["row_max"], t["log_sum"], t.get("token_scale")
+
+
+def _grad_stride(plan: Plan) -> int:
+    """The upstream gradient is one per token, or one for all."""
+    return 1 if plan.options.per_token else 0
+
+
+def _row_block(plan: Plan) -> int:
+    return min(plan.tile.row, triton.next_power_of_2(plan.problem.vocab))
+
+
+def _logit_options(plan: Plan) -> dict[str, Any]:
+    return {
+        "logit_scale": plan.options.logit_scale,
+        "softcap": plan.options.softcap or 1.0,
+        "HAS_SCALE": plan.options.logit_scale != 1.0,
+        "HAS_SOFTCAP": plan.options.softcap is not None,
+    }
+
+
+def _loss_options(plan: Plan) -> dict[str, Any]:
+    return {
+        "smoothing": plan.options.label_smoothing,
+        "lse_square_scale": plan.options.lse_square_scale,
+        "TOKEN_SCALING": plan.options.use_token_scaling,
+        "CLASS_WEIGHT": plan.problem.has_class_weight,
+        "SMOOTHING": plan.options.label_smoothing > 0,
+    }
+
+
+def _metric_flags(plan: Plan) -> dict[str, Any]:
+    return {
+        "PER_TOKEN": plan.options.per_token,
+        "Z_OUTPUT": plan.options.return_z_loss,
+        "ACCURACY": plan.options.return_token_accuracy,
+        "PREDICTED": plan.options.return_predicted_tokens,
+    }
+
+
+def _gradient_flags(plan: Plan) -> dict[str, Any]:
+    return {"MEAN": plan.options.reduction == "mean", "Z_LOSS": plan.options.lse_square_scale > 0}
+
+
+def _blocks(plan: Plan) -> dict[str, Any]:
+    """Tile sizes of a product. Interpreted products of 16-bit operands would be taken over their raw bits: upcast."""
+    tile = plan.tile
+    return {
+        "UPCAST": interpreting(),
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+        "GROUP": tile.group,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def _projection(plan: Plan) -> dict[str, Any]:
+    assert plan.problem.hidden is not None
+    return {"BIAS": plan.problem.has_bias, "EVEN_K": plan.problem.hidden % plan.tile.k == 0, **_blocks(plan)}

@@ -1,0 +1,290 @@
+"""Cross entropy and fused linear cross entropy as functions of JAX arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+import core_kernels as core
+from jax_api import bridge
+from jax_api.custom_vjp import planned_loss
+from jax_api.output import CrossEntropyOutput
+
+LAYOUTS = ("vh", "hv")
+
+
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    *,
+    weight: jax.Array | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    logit_scale: float = 1.0,
+    where: jax.Array | None = None,
+    engine: str = "auto",
+    check_labels: bool = False,
+) -> jax.Array | CrossEntropyOutput:
+    r"""Cross entropy between logits and class indices, with predictions and accuracy from the same pass.
+
+    With :math:`z = \text{logit\_scale} \cdot \text{logits}`, capped to
+    :math:`\text{softcap} \tanh(z / \text{softcap})` if asked, :math:`\text{lse} = \log \sum_v e^{z_v}`, class weights
+    :math:`w` and smoothing :math:`e`, a token's loss is
+
+    .. math:: (1 - e)\, w_y (\text{lse} - z_y) + \tfrac{e}{V} \sum_v w_v (\text{lse} - z_v)
+              + \text{lse\_square\_scale} \cdot \text{lse}^2
+
+    All of it is computed in float32. Reverse-mode differentiable by ``logits``, once; works under ``jit``, ``scan`` and
+    ``value_and_grad(has_aux=True)``.
+
+    Args:
+        logits: ``(..., V)``, float32, bfloat16 or float16.
+        labels: class indices ``(...)``, int32 or int64.
+        weight: class weights ``(V,)``, not differentiated.
+        ignore_index: tokens with this label have loss 0, gradient 0 and prediction -1.
+        reduction: ``"mean"`` (the token losses over the sum of the valid tokens' weights, the z-losses over their
+            count), ``"sum"``, or ``"none"`` (one loss per token). Without a valid token the loss is 0.
+        label_smoothing: :math:`e`, in [0, 1].
+        lse_square_scale: factor of the z-loss.
+        softcap: bound of the logits, greater than 0, or ``None``.
+        return_z_loss: also return the z-loss, detached.
+        return_token_accuracy: also return the share of valid tokens predicted right.
+        return_predicted_tokens: also return the argmax per token, the lowest index on a tie.
+        logit_scale: factor of the logits before the cap.
+        where: boolean mask in the labels' shape; tokens where it is false are ignored.
+        engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
+        check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
+
+    Returns:
+        The loss, float32; a :class:`CrossEntropyOutput` if any ``return_*`` flag is on.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it. At trace
+            time, before anything runs.
+        IndexError: a label is neither in ``[0, V)`` nor ``ignore_index``, where labels can be read. Where they cannot
+            (under ``jit``, on a GPU) the token's loss is NaN and its gradient 0 instead.
+
+    Example:
+        >>> logits = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0]])
+        >>> out = cross_entropy(logits, jnp.array([0, 2]), return_predicted_tokens=True)
+        >>> out.predicted_tokens
+        Array([0, 1], dtype=int32)
+
+    References:
+        Online log-sum-exp: Milakov and Gimelshein, 2018, arXiv:1805.02867. Label smoothing: Szegedy et al., 2016,
+        arXiv:1512.00567. z-loss: Chowdhery et al., 2022, arXiv:2204.02311. Softcap: Gemma Team, 2024,
+        arXiv:2408.00118.
+    """
+    options = core.Options(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        reduction=reduction,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+        check_labels=check_labels,
+    )
+    problem = core.logits_problem(
+        _argument("logits", logits), _argument("labels", labels), _optional_argument("weight", weight)
+    )
+    inputs = {"logits": logits, "labels": labels, "class_weight": weight}
+    return _run(problem, options, inputs, where, engine, "auto", frozenset())
+
+
+def fused_linear_ce(
+    x: jax.Array,
+    weight: jax.Array,
+    labels: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    ce_weight: jax.Array | None = None,
+    ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    softcap: float | None = None,
+    return_z_loss: bool = False,
+    accum_dtype: Any = None,
+    use_token_scaling: bool = False,
+    return_token_accuracy: bool = False,
+    return_predicted_tokens: bool = False,
+    logit_scale: float = 1.0,
+    where: jax.Array | None = None,
+    weight_layout: str = "vh",
+    memory: str | int = "auto",
+    engine: str = "auto",
+    check_labels: bool = False,
+) -> jax.Array | CrossEntropyOutput:
+    r"""Cross entropy of ``x @ weight.T + bias`` without ever holding the logits.
+
+    With :math:`z = \text{logit\_scale} \cdot (x W^\top + b)`, capped to
+    :math:`\text{softcap} \tanh(z / \text{softcap})` if asked, :math:`\text{lse} = \log \sum_v e^{z_v}`, class weights
+    :math:`w` and smoothing :math:`e`, a token's loss is
+
+    .. math:: (1 - e)\, w_y (\text{lse} - z_y) + \tfrac{e}{V} \sum_v w_v (\text{lse} - z_v)
+              + \text{lse\_square\_scale} \cdot \text{lse}^2
+
+    Reverse-mode differentiable by ``x``, ``weight`` and ``bias``, once; what is not differentiated is not computed.
+    Works under ``jit``, ``scan`` and ``value_and_grad(has_aux=True)``.
+
+    Args:
+        x: hidden states ``(..., H)``, float32, bfloat16 or float16.
+        weight: the head's weight, of the same dtype: ``(V, H)``, or ``(H, V)`` with ``weight_layout="hv"``.
+        labels: class indices ``(...)``, int32 or int64.
+        bias: ``(V,)``, of the same dtype.
+        ce_weight: class weights ``(V,)``, not differentiated.
+        ignore_index: tokens with this label have loss 0, gradient 0 and prediction -1, and their projection is skipped.
+        lse_square_scale: factor of the z-loss.
+        label_smoothing: :math:`e`, in [0, 1].
+        reduction: ``"mean"`` (the token losses over the sum of the valid tokens' weights, the z-losses over their
+            count), ``"sum"``, or ``"none"`` (one loss per token). Without a valid token the loss is 0.
+        softcap: bound of the logits, greater than 0, or ``None``.
+        return_z_loss: also return the z-loss, detached.
+        accum_dtype: accepted for compatibility; accumulation is float32 in any case.
+        use_token_scaling: multiply each token's loss by its own detached probability of the label.
+        return_token_accuracy: also return the share of valid tokens predicted right.
+        return_predicted_tokens: also return the argmax per token, the lowest index on a tie.
+        logit_scale: factor of the logits before the cap.
+        where: boolean mask in the labels' shape; tokens where it is false are ignored.
+        weight_layout: ``"vh"`` (an embedding table) or ``"hv"`` (the kernel of a Flax ``Dense``); neither is copied or
+            transposed in memory, and the gradient has the same layout.
+        memory: how much scratch the backward pass may take: ``"lean"``, ``"auto"``, ``"speed"``, or a number of bytes
+            for the workspace of either pass. The result is the same.
+        engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
+        check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
+
+    Returns:
+        The loss, float32; a :class:`CrossEntropyOutput` if any ``return_*`` flag is on.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or value; the message names it. At trace
+            time, before anything runs.
+        IndexError: a label is neither in ``[0, V)`` nor ``ignore_index``, where labels can be read. Where they cannot
+            (under ``jit``, on a GPU) the token's loss is NaN and its gradient 0 instead.
+
+    Example:
+        >>> x, weight = jnp.ones((8, 16)), jnp.ones((100, 16))
+        >>> loss, (grad_x, grad_weight) = jax.value_and_grad(fused_linear_ce, argnums=(0, 1))(
+        ...     x, weight, jnp.arange(8)
+        ... )
+        >>> grad_weight.shape
+        (100, 16)
+
+    References:
+        Projection and loss in one pass: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024,
+        arXiv:2411.09009. Token scaling: Wu et al., "On the Generalization of SFT", 2025, arXiv:2508.05629.
+    """
+    if weight_layout not in LAYOUTS:
+        raise ValueError(f"weight_layout must be 'vh' or 'hv', got {weight_layout!r}")
+    if accum_dtype is not None:
+        try:
+            jnp.dtype(accum_dtype)
+        except TypeError:
+            raise TypeError(f"accum_dtype must be a dtype or None, got {accum_dtype!r}") from None
+    options = core.Options(
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        reduction=reduction,
+        use_token_scaling=use_token_scaling,
+        return_z_loss=return_z_loss,
+        return_token_accuracy=return_token_accuracy,
+        return_predicted_tokens=return_predicted_tokens,
+        check_labels=check_labels,
+    )
+    transposed = frozenset({"weight"} if weight_layout == "hv" else ())
+    problem = core.linear_problem(
+        _argument("x", x),
+        _argument("weight", weight, weight_layout == "hv"),
+        _argument("labels", labels),
+        _optional_argument("bias", bias),
+        _optional_argument("ce_weight", ce_weight),
+    )
+    inputs = {"x": x, "weight": weight, "labels": labels, "bias": bias, "class_weight": ce_weight}
+    return _run(problem, options, inputs, where, engine, memory, transposed)
+
+
+def _argument(name: str, array: jax.Array, transposed: bool = False) -> core.Argument:
+    if not isinstance(array, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} must be a JAX array, got {type(array).__name__}")
+    shape = tuple(array.shape)
+    if transposed:
+        if len(shape) != 2:
+            raise ValueError(f"{name} must have shape (H, V) with weight_layout='hv', got {shape}")
+        shape = shape[::-1]
+    return core.Argument(name, shape, bridge.torch_dtype(array.dtype))
+
+
+def _optional_argument(name: str, array: jax.Array | None) -> core.Argument | None:
+    return None if array is None else _argument(name, array)
+
+
+def _run(
+    problem: core.Problem,
+    options: core.Options,
+    inputs: dict[str, jax.Array | None],
+    where: jax.Array | None,
+    engine: str,
+    memory: str | int,
+    transposed: frozenset[str],
+) -> jax.Array | CrossEntropyOutput:
+    arrays = {name: jnp.asarray(array) for name, array in inputs.items() if array is not None}
+    if where is not None:
+        arrays["labels"] = _mask(arrays["labels"], where, options.ignore_index)
+    device = bridge.torch_device(list(arrays.values()))
+    _check_labels(arrays["labels"], problem.vocab, options, device)
+
+    arrays["labels"] = arrays["labels"].reshape(-1)
+    for name in ("x", "logits"):
+        if name in arrays:
+            arrays[name] = arrays[name].reshape(problem.tokens, arrays[name].shape[-1])
+    plan = core.plan_forward(
+        problem,
+        options,
+        device,
+        engine=engine,
+        memory=memory,
+        index_dtype=torch.int64 if jax.dtypes.canonicalize_dtype(np.int64) == np.int64 else torch.int32,
+    )
+    results = planned_loss(plan, transposed, arrays)
+    shaped = {name: r.reshape(problem.leading) if r.ndim == 1 else r for name, r in results.items()}
+    output = CrossEntropyOutput(**shaped)
+    return output if options.returns_output else output.loss
+
+
+def _mask(labels: jax.Array, where: jax.Array, ignore_index: int) -> jax.Array:
+    argument = _argument("where", where)
+    if argument.dtype != torch.bool:
+        raise TypeError(f"where must be boolean, got {jnp.dtype(where.dtype).name}")
+    if argument.shape != labels.shape:
+        raise ValueError(f"where must have the shape of labels, {labels.shape}, got {argument.shape}")
+    limits = jnp.iinfo(labels.dtype)
+    if not limits.min <= ignore_index <= limits.max:
+        raise ValueError(f"ignore_index must fit in the labels' {labels.dtype} when where is given, got {ignore_index}")
+    return jnp.where(where, labels, ignore_index)
+
+
+def _check_labels(labels: jax.Array, vocab: int, options: core.Options, device: torch.device) -> None:
+    if isinstance(labels, jax.core.Tracer):
+        if options.check_labels:
+            raise ValueError(
+                "check_labels=True needs labels whose values are known, and these are traced: call outside jit, or "
+                "leave it off: a bad label then gives a NaN loss"
+            )
+    elif options.check_labels or device.type == "cpu":
+        core.check_labels(torch.from_numpy(np.array(labels)), vocab, options.ignore_index, "labels")

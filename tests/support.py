@@ -1,0 +1,15 @@
+"""Where the suite is running: the same tests run interpreted, on a plain CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from core_kernels.engine import interpreting as interpreting
+
+
+def on_gpu() -> bool:
+    return torch.cuda.is_available() and not interpreting()
+
+
+def suite_device() -> torch.device:
+    return torch.device("cuda" if on_gpu() else "cpu")

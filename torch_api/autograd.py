@@ -1,0 +1,61 @@
+"""The one autograd Function: plans the launch, allocates what the plan lists, and lets the core fill it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from core_kernels import Plan, launch, plan_backward
+
+RESULTS = ("loss", "z_loss", "token_accuracy", "predicted_tokens")
+
+
+class PlannedLoss(torch.autograd.Function):
+    """``apply(plan, *inputs)``, inputs in the order of ``plan.inputs``; answers ``RESULTS``, ``None`` if not asked."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        named = dict(zip(plan.inputs, inputs, strict=True))
+        buffers = _allocate(plan, inputs[0].device)
+        launch(plan, {**_flatten(named), **buffers})
+        ctx.plan = plan
+        ctx.save_for_backward(*inputs, *(buffers[buffer.name] for buffer in plan.saved))
+
+        results = {buffer.name: buffers[buffer.name] for buffer in plan.outputs}
+        for name, result in results.items():
+            if result.dim() == 1:
+                results[name] = result.view(plan.problem.leading)
+        ctx.mark_non_differentiable(*(result for name, result in results.items() if name != "loss"))
+        return tuple(results.get(name) for name in RESULTS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        forward = ctx.plan
+        needed = [name for name, need in zip(forward.inputs, ctx.needs_input_grad[1:], strict=True) if need]
+        plan = plan_backward(forward, needed)
+        named = dict(zip(plan.inputs, (*ctx.saved_tensors, grad_loss), strict=True))
+        buffers = _allocate(plan, grad_loss.device)
+        launch(plan, {**_flatten(named), **buffers})
+        gradients = {name: buffers[f"grad_{name}"].view(named[name].shape) for name in needed}
+        return None, *(gradients.get(name) for name in forward.inputs)
+
+
+def _allocate(plan: Plan, device: torch.device) -> dict[str, Tensor]:
+    return {buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for buffer in plan.buffers}
+
+
+def _flatten(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One dimension of tokens, as the core takes them; copies only what no strides can describe, and small vectors."""
+    flat = {}
+    for name, tensor in named.items():
+        if name in ("x", "logits"):
+            flat[name] = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.flatten(0, -2)
+        elif name == "weight":
+            flat[name] = tensor
+        else:
+            flat[name] = tensor.reshape(-1).contiguous()
+    return flat

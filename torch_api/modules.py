@@ -1,0 +1,145 @@
+"""The losses as ``nn.Module``s; constructor arguments, their order and their defaults are those of Liger-Kernel's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torch_api.functional import cross_entropy, fused_linear_cross_entropy
+from torch_api.output import CrossEntropyOutput
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`cross_entropy` with its options fixed; called as ``(input, target)``.
+
+    Example:
+        >>> loss_fn = CrossEntropyLoss(ignore_index=0, return_token_accuracy=True)
+        >>> out = loss_fn(torch.randn(4, 10), torch.tensor([1, 2, 0, 9]))
+        >>> out.token_accuracy.shape
+        torch.Size([])
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        *,
+        logit_scale: float = 1.0,
+        engine: str = "auto",
+        check_labels: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+        self.logit_scale = logit_scale
+        self.engine = engine
+        self.check_labels = check_labels
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
+            return_z_loss=self.return_z_loss,
+            return_token_accuracy=self.return_token_accuracy,
+            return_predicted_tokens=self.return_predicted_tokens,
+            logit_scale=self.logit_scale,
+            engine=self.engine,
+            check_labels=self.check_labels,
+        )
+
+
+class FusedLinearCrossEntropyLoss(nn.Module):
+    """:func:`fused_linear_cross_entropy` with its options fixed; called as ``(lin_weight, input, target, bias=None)``.
+
+    Example:
+        >>> head = nn.Linear(16, 100)
+        >>> loss_fn = FusedLinearCrossEntropyLoss(return_predicted_tokens=True)
+        >>> out = loss_fn(head.weight, torch.randn(8, 16), torch.randint(0, 100, (8,)), head.bias)
+        >>> out.predicted_tokens.shape
+        torch.Size([8])
+    """
+
+    ce_weight: Tensor | None
+
+    def __init__(
+        self,
+        ce_weight: Tensor | None = None,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        return_z_loss: bool = False,
+        accum_dtype: torch.dtype | None = None,
+        use_token_scaling: bool = False,
+        return_token_accuracy: bool = False,
+        return_predicted_tokens: bool = False,
+        *,
+        logit_scale: float = 1.0,
+        memory: str | int = "auto",
+        engine: str = "auto",
+        check_labels: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("ce_weight", ce_weight)
+        self.ignore_index = ignore_index
+        self.lse_square_scale = lse_square_scale
+        self.label_smoothing = label_smoothing
+        self.reduction = reduction
+        self.softcap = softcap
+        self.return_z_loss = return_z_loss
+        self.accum_dtype = accum_dtype
+        self.use_token_scaling = use_token_scaling
+        self.return_token_accuracy = return_token_accuracy
+        self.return_predicted_tokens = return_predicted_tokens
+        self.logit_scale = logit_scale
+        self.memory = memory
+        self.engine = engine
+        self.check_labels = check_labels
+
+    def forward(
+        self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        return fused_linear_cross_entropy(
+            input,
+            lin_weight,
+            target,
+            bias=bias,
+            ce_weight=self.ce_weight,
+            ignore_index=self.ignore_index,
+            lse_square_scale=self.lse_square_scale,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+            softcap=self.softcap,
+            return_z_loss=self.return_z_loss,
+            accum_dtype=self.accum_dtype,
+            use_token_scaling=self.use_token_scaling,
+            return_token_accuracy=self.return_token_accuracy,
+            return_predicted_tokens=self.return_predicted_tokens,
+            logit_scale=self.logit_scale,
+            memory=self.memory,
+            engine=self.engine,
+            check_labels=self.check_labels,
+        )

@@ -1,0 +1,24 @@
+"""What a loss call answers with when it is asked for more than the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CrossEntropyOutput:
+    """A loss and the metrics that came with it; what was not asked for is ``None``.
+
+    Attributes:
+        loss: float32, a scalar or one per token, with a graph.
+        z_loss: float32, the z-loss that is part of ``loss``, reduced alike; detached.
+        token_accuracy: float32, correct / valid tokens (0 or 1 per token under ``reduction="none"``); detached.
+        predicted_tokens: int64 in the labels' shape, the argmax of the logits, -1 where ignored.
+    """
+
+    loss: Tensor
+    z_loss: Tensor | None = None
+    token_accuracy: Tensor | None = None
+    predicted_tokens: Tensor | None = None
