@@ -58,6 +58,10 @@ class Plan:
     def buffers(self) -> tuple[Buffer, ...]:
         return self.outputs + self.saved + self.workspace
 
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.workspace)
+
 
 def plan_forward(
     problem: Problem,
@@ -83,7 +87,7 @@ def plan_forward(
         outputs.append(Buffer("predicted_tokens", (n,), index_dtype))
 
     workspace = []
-    if not options.per_token:  # reduced in a second, ordered step: deterministic
+    if engine == "triton" and not options.per_token:  # reduced in a second, ordered step: deterministic
         workspace.append(Buffer("token_loss", (n,), torch.float32))
         workspace.append(Buffer("token_z_loss", (n,), torch.float32))
         if options.return_token_accuracy:
@@ -103,7 +107,7 @@ def plan_forward(
                 workspace.append(Buffer(name, (strips, n), dtype))
 
     slab = _add_slab(workspace, problem, engine, tile, memory, needed=engine == "torch")
-    return Plan(
+    plan = Plan(
         backward=False,
         problem=problem,
         options=options,
@@ -117,6 +121,11 @@ def plan_forward(
         slab=slab,
         strips=strips,
     )
+    if isinstance(memory, int):  # too little for the backward pass is an error of this call, not of a later one
+        least = max(plan.workspace_bytes, plan_backward(plan, plan.inputs).workspace_bytes)
+        if least > memory:
+            raise ValueError(f"memory={memory} bytes are too few: this call needs at least {least}")
+    return plan
 
 
 def plan_backward(forward: Plan, wanted: Iterable[str]) -> Plan:
@@ -164,7 +173,7 @@ def _saved(problem: Problem, options: Options, engine: str) -> tuple[Buffer, ...
         saved.append(Buffer("token_scale", (n,), torch.float32))
     if options.reduction == "mean":
         saved.append(Buffer("divisors", (2,), torch.float32))
-    if problem.has_class_weight and options.label_smoothing > 0:
+    if engine == "triton" and problem.has_class_weight and options.label_smoothing > 0:
         saved.append(Buffer("class_weight_sum", (1,), torch.float32))
     if engine == "triton" and problem.hidden is not None:
         saved.append(Buffer("valid_tokens", (n,), torch.int32))
@@ -174,23 +183,22 @@ def _saved(problem: Problem, options: Options, engine: str) -> tuple[Buffer, ...
 
 
 def _strips(tokens: int, vocab: int, tile: Tile) -> int:
-    """Strips enough to fill a GPU with (token tile, strip) programs, few enough that their results stay small."""
-    vocab_tiles = math.ceil(vocab / tile.n)
+    """Strips enough to fill a GPU with (token tile, strip) programs; their results stay small however many tokens."""
     token_tiles = max(1, math.ceil(tokens / tile.m))
-    return min(vocab_tiles, max(32, math.ceil(512 / token_tiles)))
+    return min(math.ceil(vocab / tile.n), math.ceil(tile.programs / token_tiles))
 
 
 def _add_slab(
     workspace: list[Buffer], problem: Problem, engine: str, tile: Tile, memory: str | int, *, needed: bool
 ) -> int:
-    """Append the slab to ``workspace``, as large as ``memory`` allows, and return its columns (or rows)."""
+    """Append the slab to ``workspace``, as large as ``memory`` allows (at least a step), and return its columns or rows."""
     linear = problem.hidden is not None
     if linear:  # columns of all tokens: a multiple of the tile, so that slicing never changes a bit
         across, limit, step = problem.tokens, problem.vocab, tile.n
     else:
         across, limit, step = problem.vocab, problem.tokens, 1
     dtype = problem.dtype if engine == "triton" else torch.float32
-    unit = max(1, across) * step * dtype.itemsize
+    unit = max(1, across) * min(step, max(1, limit)) * dtype.itemsize
     limit_units = max(1, math.ceil(limit / step))
 
     if isinstance(memory, bool) or not isinstance(memory, (str, int)):
@@ -200,11 +208,7 @@ def _add_slab(
             raise ValueError(f"memory must be 'auto', 'speed', 'lean' or a number of bytes, got {memory!r}")
         units = max(1, (SLAB_BYTES[memory] if engine == "triton" else CPU_SLAB_BYTES) // unit)
     else:
-        fixed = sum(buffer.nbytes for buffer in workspace)
-        units = (memory - fixed) // unit
-        if units < 1 if needed else memory < fixed:
-            least = fixed + (unit if needed else 0)
-            raise ValueError(f"memory={memory} bytes are too few: this call needs at least {least}")
+        units = max(1, (memory - sum(buffer.nbytes for buffer in workspace)) // unit)
     if not needed:
         return 0
     columns = min(min(units, limit_units) * step, limit)

@@ -11,7 +11,7 @@ from core_kernels.engine import interpreting
 
 @dataclass(frozen=True)
 class Tile:
-    """A product's output tile is ``m x n``, summed ``k`` at a time; ``row`` is the row kernels' block of the vocab."""
+    """A product's output tile is ``m x n``, summed ``k`` at a time; a row kernel takes ``row`` columns at a time."""
 
     m: int
     n: int
@@ -20,17 +20,18 @@ class Tile:
     warps: int
     stages: int
     row: int
+    programs: int  # how many programs a projection is split into: several for each multiprocessor
 
 
 # Interpreted tiles are small on purpose: small test shapes then span several of them in every dimension.
-INTERPRETED = Tile(m=16, n=32, k=16, group=2, warps=4, stages=1, row=64)
+INTERPRETED = Tile(m=32, n=64, k=32, group=2, warps=4, stages=1, row=128, programs=4)
 
 # By (compute capability major, or 0 for any other GPU; bytes per element).
 TILES = {
-    (9, 2): Tile(m=128, n=256, k=64, group=16, warps=8, stages=3, row=4096),
-    (0, 2): Tile(m=128, n=128, k=32, group=8, warps=8, stages=3, row=4096),
+    (9, 2): Tile(m=128, n=256, k=64, group=16, warps=8, stages=3, row=4096, programs=2048),
+    (0, 2): Tile(m=128, n=128, k=32, group=8, warps=8, stages=3, row=4096, programs=2048),
     # float32 products are exact float32 (no TF32), in registers: a large tile would spill.
-    (0, 4): Tile(m=64, n=64, k=32, group=8, warps=4, stages=2, row=4096),
+    (0, 4): Tile(m=64, n=64, k=32, group=8, warps=4, stages=2, row=4096, programs=2048),
 }
 
 

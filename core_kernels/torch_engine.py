@@ -199,7 +199,7 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
 
 
 def _gradient_factors(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    """Row factors of ``dL/dz_v = soft * softmax(z)_v - target * [v == label] - uniform * w_v``, and the row's lse."""
+    """Row factors of ``dL/dz_v = target * (p_v - [v == label]) + soft * p_v - uniform * w_v``, and the row's lse."""
     options, vocab = plan.options, plan.problem.vocab
     g = t["grad_loss"].float().expand(plan.problem.tokens)
     if options.use_token_scaling:
@@ -211,7 +211,7 @@ def _gradient_factors(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor) -> 
     token_weight = 1.0 if weight is None else weight[labels].float()
     uniform = g * (options.label_smoothing / vocab)
     target = g * token_weight * (1.0 - options.label_smoothing)
-    soft = target + uniform * (vocab if weight is None else weight.float().sum())
+    soft = uniform * (vocab if weight is None else weight.float().sum())
     if options.lse_square_scale > 0:
         soft = soft + 2.0 * options.lse_square_scale * (t["row_max"] + t["log_sum"]) * g_z
     return soft, target, uniform, t["row_max"], t["log_sum"]
@@ -232,15 +232,18 @@ def _logits_gradient(
     """Gradient by the raw logits of the columns from ``first`` that ``z`` holds as final logits; overwrites ``z``."""
     options, columns = plan.options, z.shape[1]
     slope = None if options.softcap is None else (1.0 - (z / options.softcap).square()).mul_(options.logit_scale)
-    g = z.sub_(row_max[:, None]).sub_(log_sum[:, None]).exp_().mul_(soft[:, None])
+    p = z.sub_(row_max[:, None]).sub_(log_sum[:, None]).exp_()
+    rest = None
     if options.label_smoothing > 0:
-        if "class_weight" in t:
-            g.sub_(uniform[:, None] * t["class_weight"][first : first + columns].float())
-        else:
-            g.sub_(uniform[:, None])
+        weight = t["class_weight"][first : first + columns].float() if "class_weight" in t else 1.0
+        rest = p * soft[:, None] - uniform[:, None] * weight
+    elif options.lse_square_scale > 0:
+        rest = p * soft[:, None]
     here = (labels >= first) & (labels < first + columns)
     index = (labels - first).clamp(0, columns - 1)
-    g.scatter_add_(1, index[:, None], torch.where(here, -target, 0.0)[:, None])
+    g = p.scatter_add_(1, index[:, None], torch.where(here, -1.0, 0.0)[:, None]).mul_(target[:, None])
+    if rest is not None:
+        g.add_(rest)
     if slope is not None:
         return g.mul_(slope)
     return g if options.logit_scale == 1.0 else g.mul_(options.logit_scale)

@@ -289,10 +289,8 @@ def _gradient_flags(plan: Plan) -> dict[str, Any]:
 
 
 def _blocks(plan: Plan) -> dict[str, Any]:
-    """Tile sizes of a product. Interpreted products of 16-bit operands would be taken over their raw bits: upcast."""
     tile = plan.tile
     return {
-        "UPCAST": interpreting(),
         "M": tile.m,
         "N": tile.n,
         "K": tile.k,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,10 +88,22 @@ def _xla_stream(context: Any, buffer: Any) -> Iterator[None]:
     """Torch's, hence Triton's, work goes to XLA's stream: ``Buffer.__dlpack__`` synchronises with no other."""
     kind, index = buffer.__dlpack_device__()
     if int(kind) == _CPU:
-        yield
+        with _ieee_denormals():
+            yield
     else:
         with torch.cuda.device(index), torch.cuda.stream(_external_stream(context.stream, index)):
             yield
+
+
+@contextlib.contextmanager
+def _ieee_denormals() -> Iterator[None]:
+    """XLA:CPU flushes denormals on its threads and torch does not on its own: without this their bits would differ."""
+    flushing = sys.float_info.min / 2 == 0.0
+    torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushing)
 
 
 @functools.lru_cache(maxsize=256)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from core_kernels import Plan, launch, plan_backward
 
@@ -32,16 +31,36 @@ class PlannedLoss(torch.autograd.Function):
         return tuple(results.get(name) for name in RESULTS)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         forward = ctx.plan
-        needed = [name for name, need in zip(forward.inputs, ctx.needs_input_grad[1:], strict=True) if need]
-        plan = plan_backward(forward, needed)
+        wanted = [name for name, need in zip(forward.inputs, ctx.needs_input_grad[1:], strict=True) if need]
+        plan = plan_backward(forward, wanted)
         named = dict(zip(plan.inputs, (*ctx.saved_tensors, grad_loss), strict=True))
         buffers = _allocate(plan, grad_loss.device)
-        launch(plan, {**_flatten(named), **buffers})
-        gradients = {name: buffers[f"grad_{name}"].view(named[name].shape) for name in needed}
-        return None, *(gradients.get(name) for name in forward.inputs)
+        with torch.no_grad():
+            launch(plan, {**_flatten(named), **buffers})
+        names = [output.name.removeprefix("grad_") for output in plan.outputs]
+        gradients = tuple(buffers[f"grad_{name}"].view(named[name].shape) for name in names)
+        if torch.is_grad_enabled():  # create_graph=True
+            sources = (named[name] for name in (*forward.inputs, "grad_loss"))
+            gradients = _DifferentiableOnce.apply(len(names), *gradients, *sources)
+        by_name = dict(zip(names, gradients, strict=True))
+        return None, *(by_name.get(name) for name in forward.inputs)
+
+
+class _DifferentiableOnce(torch.autograd.Function):
+    """Ties gradients to what they were computed from, so that differentiating them raises instead of giving zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *gradients_and_sources: Tensor) -> tuple[Tensor, ...]:
+        return tuple(gradient.view_as(gradient) for gradient in gradients_and_sources[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "second derivatives of twinhead's losses are not supported: the gradient is computed by a kernel; "
+            "differentiate once, or use a loss in plain PyTorch"
+        )
 
 
 def _allocate(plan: Plan, device: torch.device) -> dict[str, Tensor]:

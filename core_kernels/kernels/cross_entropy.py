@@ -15,6 +15,7 @@ from core_kernels.kernels.logits import (
     is_valid,
     logits_gradient,
     merge_argmax,
+    round_to,
 )
 from core_kernels.kernels.tokens import store_token
 
@@ -101,7 +102,7 @@ def cross_entropy_backward(
         z = final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         g = logits_gradient(
             z, column, in_vocab, label, row_max, log_sum, soft, target, uniform,
-            class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
+            class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
         g = tl.where(valid, g, 0.0)
-        tl.store(grad_row + column, g.to(grad_logits.dtype.element_ty), mask=in_vocab)
+        tl.store(grad_row + column, round_to(g, grad_logits.dtype.element_ty), mask=in_vocab)

@@ -16,6 +16,8 @@ from core_kernels.kernels.logits import (
     gradient_coefficients,
     logits_gradient,
     merge_argmax,
+    multiply_add,
+    round_to,
 )
 from core_kernels.kernels.tokens import store_token
 
@@ -32,7 +34,7 @@ def grouped_tile(index, rows, columns, GROUP: tl.constexpr):
 @triton.jit
 def project(
     x, weight, bias, token, column, in_vocab, H, stride_xn, stride_xh, stride_wv, stride_wh,
-    BIAS: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    BIAS: tl.constexpr, EVEN_K: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One (M, N) tile of ``x @ weight.T + bias`` in float32, for the given tokens and vocab columns."""
@@ -48,10 +50,7 @@ def project(
         else:
             a = tl.load(x_tile, mask=(start + k < H)[None, :], other=0.0)
             b = tl.load(w_tile, mask=(start + k < H)[:, None], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        z = tl.dot(a, b, z, input_precision="ieee")
+        z = multiply_add(a, b, z)
         x_tile += tl.cast(stride_xh, tl.int64) * K
         w_tile += tl.cast(stride_wh, tl.int64) * K
     if BIAS:
@@ -65,7 +64,7 @@ def strip_statistics(
     target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
     stride_xn, stride_xh, stride_wv, stride_wh, num_tokens, V, H, strips, logit_scale, softcap,
     ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * strips,). Statistics (strips, tokens) of the r-th valid token over one strip of the vocab.
@@ -96,7 +95,7 @@ def strip_statistics(
         in_vocab = column < V
         z = project(
             x, weight, bias, token, column, in_vocab, H, stride_xn, stride_xh, stride_wv, stride_wh,
-            BIAS, EVEN_K, UPCAST, M, N, K,
+            BIAS, EVEN_K, M, N, K,
         )  # fmt: skip
         z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         block_top, block_column = block_argmax(z, column[None, :], 1)
@@ -174,7 +173,7 @@ def slab_gradient(
     ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN_K: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * vocab tiles of the slab,). ``slab`` (tokens, slab_columns): gradient of the raw logits of the
@@ -196,7 +195,7 @@ def slab_gradient(
     in_slab = slab_column < slab_columns
     z = project(
         x, weight, bias, token, column, in_slab, H, stride_xn, stride_xh, stride_wv, stride_wh,
-        BIAS, EVEN_K, UPCAST, M, N, K,
+        BIAS, EVEN_K, M, N, K,
     )  # fmt: skip
     z = final_logits(z, in_slab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     row_max = tl.load(saved_max + token, mask=inside, other=0.0)
@@ -210,7 +209,7 @@ def slab_gradient(
     g = logits_gradient(
         z, column[None, :], in_slab[None, :], label[:, None], row_max[:, None], log_sum[:, None],
         soft[:, None], target[:, None], uniform[:, None],
-        class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
+        class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
     )  # fmt: skip
     at = rank.to(tl.int64)[:, None] * slab_columns + slab_column[None, :]
-    tl.store(slab + at, g.to(slab.dtype.element_ty), mask=inside[:, None] & in_slab[None, :])
+    tl.store(slab + at, round_to(g, slab.dtype.element_ty), mask=inside[:, None] & in_slab[None, :])

@@ -7,8 +7,35 @@ and a token is *valid* when its label is a class.
 import triton
 import triton.language as tl
 
+from core_kernels.engine import interpreting
+
+INTERPRETED = tl.constexpr(interpreting())
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-2147483648)
+
+
+@triton.jit
+def round_to(value, dtype: tl.constexpr):
+    """Round float32 to the nearest ``dtype``. The interpreter truncates to bfloat16: there the bits are made here."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(value == value, nearest, 0x7FC0).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        rounded = value.to(dtype)
+    return rounded
+
+
+@triton.jit
+def multiply_add(a, b, total):
+    """``total + a @ b`` in float32, exact products included (no TF32).
+
+    The interpreter multiplies 16-bit operands by their raw bits, so there they are upcast first.
+    """
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -77,7 +104,7 @@ def gradient_coefficients(
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Row factors of ``dL/dz_v = soft * softmax(z)_v - target * [v == label] - uniform * w_v``, upstream included."""
+    """Row factors of ``dL/dz_v = target * (p_v - [v == label]) + soft * p_v - uniform * w_v``, upstream included."""
     g = tl.load(grad_loss + token * grad_stride, mask=valid, other=0.0)
     if TOKEN_SCALING:
         g = g * tl.load(token_scale + token, mask=valid, other=0.0)
@@ -86,15 +113,14 @@ def gradient_coefficients(
         g_z = g * tl.load(divisors + 1)
         g = g * tl.load(divisors)
     target = g
-    uniform = g * 0.0
-    soft = g
+    soft = g * 0.0
+    uniform = soft
     if CLASS_WEIGHT:
         target = g * tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
-        soft = target
     if SMOOTHING:
         target = target * (1.0 - smoothing)
         uniform = g * (smoothing / V)
-        soft = target + uniform * (tl.load(class_weight_sum) if CLASS_WEIGHT else V)
+        soft = uniform * (tl.load(class_weight_sum) if CLASS_WEIGHT else V)
     if Z_LOSS:
         soft = soft + 2.0 * lse_square_scale * (row_max + log_sum) * g_z
     return soft, target, uniform
@@ -104,16 +130,19 @@ def gradient_coefficients(
 def logits_gradient(
     z, columns, in_vocab, label, row_max, log_sum, soft, target, uniform,
     class_weight, logit_scale, softcap,
-    CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above."""
-    g = tl.exp((z - row_max) - log_sum) * soft
+    p = tl.exp((z - row_max) - log_sum)
+    g = tl.where(columns == label, p - 1.0, p) * target
+    if SMOOTHING or Z_LOSS:
+        g = g + soft * p
     if SMOOTHING:
         if CLASS_WEIGHT:
             g = g - uniform * tl.load(class_weight + columns, mask=in_vocab, other=0.0).to(tl.float32)
         else:
             g = g - uniform
-    g = g - tl.where(columns == label, target, 0.0)
     if HAS_SOFTCAP:
         capped = z / softcap
         g = g * (1.0 - capped * capped)

@@ -4,12 +4,13 @@ import triton
 import triton.language as tl
 
 from core_kernels.kernels.linear import grouped_tile
+from core_kernels.kernels.logits import multiply_add, round_to
 
 
 @triton.jit
 def add_input_gradient(
     slab, weight, grad_rows, num_valid, stride_wv, stride_wh, H, first_column, slab_columns,
-    FIRST: tl.constexpr, UPCAST: tl.constexpr,
+    FIRST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * hidden tiles,). ``grad_rows (valid tokens, H) (+)= slab @ weight[columns]`` in float32."""
@@ -36,10 +37,7 @@ def add_input_gradient(
         in_slab = start + k < slab_columns
         a = tl.load(g_tile, mask=inside[:, None] & in_slab[None, :], other=0.0)
         b = tl.load(w_tile, mask=in_slab[:, None] & in_hidden[None, :], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = multiply_add(a, b, total)
         g_tile += K
         w_tile += tl.cast(stride_wv, tl.int64) * K
     tl.store(grad_rows + at, total, mask=mask)
@@ -52,14 +50,14 @@ def scatter_input_gradient(grad_rows, valid_position, grad_x, H, BLOCK: tl.const
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     position = tl.load(valid_position + token).to(tl.int64)
     g = tl.load(grad_rows + position * H + h, mask=h < tl.where(position >= 0, H, 0), other=0.0)
-    tl.store(grad_x + token * H + h, g.to(grad_x.dtype.element_ty), mask=h < H)
+    tl.store(grad_x + token * H + h, round_to(g, grad_x.dtype.element_ty), mask=h < H)
 
 
 @triton.jit
 def weight_gradient(
     slab, x, grad_weight, valid_tokens, num_valid,
     stride_xn, stride_xh, stride_gv, stride_gh, H, first_column, slab_columns,
-    UPCAST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (vocab tiles of the slab * hidden tiles,). ``grad_weight[columns] = slab.T @ x[valid tokens]``."""
     count = tl.load(num_valid)
@@ -80,13 +78,11 @@ def weight_gradient(
         x_tile = x + token[:, None] * stride_xn + h[None, :].to(tl.int64) * stride_xh
         a = tl.load(g_tile, mask=in_slab[:, None] & inside[None, :], other=0.0)
         b = tl.load(x_tile, mask=inside[:, None] & in_hidden[None, :], other=0.0)
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        total = tl.dot(a, b, total, input_precision="ieee")
+        total = multiply_add(a, b, total)
     column = (first_column + slab_column).to(tl.int64)
     at = column[:, None] * stride_gv + h[None, :].to(tl.int64) * stride_gh
-    tl.store(grad_weight + at, total.to(grad_weight.dtype.element_ty), mask=in_slab[:, None] & in_hidden[None, :])
+    rounded = round_to(total, grad_weight.dtype.element_ty)
+    tl.store(grad_weight + at, rounded, mask=in_slab[:, None] & in_hidden[None, :])
 
 
 @triton.jit
@@ -103,4 +99,4 @@ def bias_gradient(
         at = rank.to(tl.int64)[:, None] * slab_columns + slab_column[None, :]
         g = tl.load(slab + at, mask=(rank < count)[:, None] & in_slab[None, :], other=0.0)
         total += tl.sum(g.to(tl.float32), 0)
-    tl.store(grad_bias + first_column + slab_column, total.to(grad_bias.dtype.element_ty), mask=in_slab)
+    tl.store(grad_bias + first_column + slab_column, round_to(total, grad_bias.dtype.element_ty), mask=in_slab)

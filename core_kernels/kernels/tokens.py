@@ -10,14 +10,15 @@ from core_kernels.kernels.logits import argmax_column, is_valid
 def compact_valid_tokens(labels, valid_tokens, valid_position, num_valid, N, V, ignore_index, BLOCK: tl.constexpr):
     """Number the valid tokens in order, so that products can skip the others without the host knowing the count.
 
-    One program. ``valid_tokens[r]`` is the r-th valid token, ``valid_position`` its inverse (-1 where not valid).
+    One program. ``valid_tokens[r]`` is the r-th valid token, and those that are not valid come after all that are;
+    ``valid_position`` is its inverse, -1 where not valid.
     """
     count = tl.zeros([], tl.int32)
     for start in range(0, N, BLOCK):
         token = start + tl.arange(0, BLOCK)
         valid = (token < N) & is_valid(tl.load(labels + token, mask=token < N, other=0), ignore_index, V)
         rank = count + tl.cumsum(valid.to(tl.int32), 0) - 1
-        tl.store(valid_tokens + rank, token, mask=valid)
+        tl.store(valid_tokens + tl.where(valid, rank, N - 1 - (token - 1 - rank)), token, mask=token < N)
         tl.store(valid_position + token, tl.where(valid, rank, -1), mask=token < N)
         count += tl.sum(valid.to(tl.int32), 0)
     tl.store(num_valid, count)
@@ -63,7 +64,7 @@ def store_token(
         scale = tl.exp(-nll)
         value = value * scale
         z_value = z_value * scale
-        tl.store(token_scale + token, scale, mask=valid)
+        tl.store(token_scale + token, tl.where(valid, scale, 0.0), mask=in_range)
     missing = tl.where(ignored, 0.0, float("nan"))
     value = tl.where(valid, value, missing)
     z_value = tl.where(valid, z_value, missing)
@@ -74,8 +75,8 @@ def store_token(
     else:
         tl.store(loss + token, value, mask=in_range)
         tl.store(z_loss + token, z_value, mask=in_range)
-    tl.store(saved_max + token, row_max, mask=valid)
-    tl.store(saved_log_sum + token, log_sum, mask=valid)
+    tl.store(saved_max + token, tl.where(valid, row_max, 0.0), mask=in_range)
+    tl.store(saved_log_sum + token, tl.where(valid, log_sum, 0.0), mask=in_range)
     if ACCURACY or PREDICTED:
         prediction = tl.where(valid, argmax_column(argmax), -1)
         if PREDICTED:

@@ -1,0 +1,116 @@
+"""Runs a case through either frontend, and through the oracle; all answer in the same form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.parity import oracle
+from tests.parity.cases import METRICS, Case, Inputs
+
+Results = dict[str, np.ndarray]  # loss, z_loss, token_accuracy, predicted_tokens, grad_*, in the dtypes they came in
+
+
+def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
+    import torch_api
+
+    arrays = {k: _to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
+    labels, upstream = inputs.labels.to(device), inputs.upstream.to(device)
+    class_weight = None if inputs.class_weight is None else inputs.class_weight.to(device)
+    if case.operation == "linear":
+        out = torch_api.fused_linear_cross_entropy(
+            arrays["x"],
+            arrays["weight"],
+            labels,
+            arrays.get("bias"),
+            class_weight,
+            memory=case.memory,
+            **case.options,
+            **METRICS,
+        )
+    else:
+        out = torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
+    out.loss.backward(upstream)
+    results = {name: getattr(out, name) for name in ("loss", "z_loss", "token_accuracy", "predicted_tokens")}
+    return {k: to_numpy(v) for k, v in {**results, **{f"grad_{k}": v.grad for k, v in arrays.items()}}.items()}
+
+
+def run_jax(case: Case, inputs: Inputs) -> Results:
+    import jax
+    import jax.numpy as jnp
+
+    import jax_api
+
+    hv = case.layout == "transposed_weight"
+    arrays = {k: _to_jax(v.T if hv and k == "weight" else v) for k, v in inputs.arrays.items()}
+    labels = jnp.asarray(inputs.labels.numpy())
+    class_weight = None if inputs.class_weight is None else _to_jax(inputs.class_weight)
+
+    def loss(arrays: dict[str, Any]) -> Any:
+        if case.operation == "linear":
+            return jax_api.fused_linear_ce(
+                arrays["x"],
+                arrays["weight"],
+                labels,
+                arrays.get("bias"),
+                ce_weight=class_weight,
+                memory=case.memory,
+                weight_layout="hv" if hv else "vh",
+                **case.options,
+                **METRICS,
+            )
+        return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **METRICS)
+
+    @jax.jit
+    def value_and_gradients(arrays: dict[str, Any], upstream: Any) -> Any:
+        _, pullback, out = jax.vjp(lambda a: (lambda out: (out.loss, out))(loss(a)), arrays, has_aux=True)
+        return out, pullback(upstream)[0]
+
+    out, gradients = value_and_gradients(arrays, _to_jax(inputs.upstream))
+    if hv:
+        gradients["weight"] = gradients["weight"].T
+    results = {name: getattr(out, name) for name in ("loss", "z_loss", "token_accuracy", "predicted_tokens")}
+    return {k: np.asarray(v) for k, v in {**results, **{f"grad_{k}": v for k, v in gradients.items()}}.items()}
+
+
+def run_oracle(case: Case, inputs: Inputs) -> Results:
+    arrays = {k: v.double().numpy() for k, v in inputs.arrays.items()}
+    class_weight = None if inputs.class_weight is None else inputs.class_weight.double().numpy()
+    shared = {"class_weight": class_weight, "upstream": inputs.upstream.double().numpy(), **case.options}
+    labels = inputs.labels.numpy()
+    if case.operation == "linear":
+        expected = oracle.fused_linear_ce(arrays["x"], arrays["weight"], labels, arrays.get("bias"), **shared)
+    else:
+        expected = oracle.cross_entropy(arrays["logits"], labels, **shared)
+    return {
+        "loss": expected.loss,
+        "z_loss": expected.z_loss,
+        "token_accuracy": expected.token_accuracy,
+        "predicted_tokens": expected.predicted_tokens,
+        **{f"grad_{k}": v for k, v in expected.gradients.items()},
+    }
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """As NumPy holds it: bf16, which NumPy does not have, as the float32 of the same value."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A leaf of its own with the strides kept, gaps and expanded dimensions included (``.to`` would pack them)."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if not tensor.numel():
+        return tensor.detach().clone().to(device)
+    storage = torch.as_strided(tensor.detach(), (extent,), (1,), tensor.storage_offset()).clone().to(device)
+    return torch.as_strided(storage, tensor.shape, tensor.stride()).detach()
+
+
+def _to_jax(tensor: Tensor) -> Any:
+    import jax.numpy as jnp
+
+    array = jnp.asarray(to_numpy(tensor))
+    return array.astype(jnp.bfloat16) if tensor.dtype == torch.bfloat16 else array

@@ -1,0 +1,137 @@
+"""Random arguments for both losses, the calls that differentiate them, and what they must give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import core_kernels as core
+import torch_api
+from tests.core_kernels.problems import HIDDEN, IGNORE, VOCAB
+from tests.parity import oracle
+from torch_api import autograd
+
+Arguments = dict[str, Tensor]
+Loss = Callable[..., Any]
+
+REDUCTIONS = ("none", "mean", "sum")
+LOSSES = (torch_api.cross_entropy, torch_api.fused_linear_cross_entropy)
+
+# The oracle's names for what the torch functions call differently.
+LINEAR_NAMES = {"input": "x", "weight": "weight", "bias": "bias", "target": "labels", "ce_weight": "class_weight"}
+LOGITS_NAMES = {"input": "logits", "weight": "class_weight", "target": "labels"}
+
+
+def random_arguments(loss_fn: Loss, device: torch.device, leading: tuple[int, ...] = (7,), seed: int = 0) -> Arguments:
+    """Every tensor argument of ``loss_fn``: those that can require grad do; the first and last token are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    target = torch.randint(0, VOCAB, leading, generator=generator)
+    target.view(-1)[:1] = IGNORE
+    target.view(-1)[-1:] = IGNORE
+    arguments = {"target": target.to(device)}
+    class_weight = torch.rand(VOCAB, generator=generator).to(device) + 0.5
+    if loss_fn is torch_api.cross_entropy:
+        leaves = {"input": 2.0 * normal(*leading, VOCAB)}
+        arguments["weight"] = class_weight
+    else:
+        leaves = {"input": normal(*leading, HIDDEN), "weight": 0.5 * normal(VOCAB, HIDDEN), "bias": normal(VOCAB)}
+        arguments["ce_weight"] = class_weight
+    return arguments | {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+
+def fresh_leaves(arguments: Arguments, wanted: tuple[str, ...] | None = None) -> Arguments:
+    """Copies without a gradient, of which those named in ``wanted`` (by default, those that did) require one."""
+    return {
+        name: tensor.detach().clone().requires_grad_(tensor.requires_grad if wanted is None else name in wanted)
+        for name, tensor in arguments.items()
+    }
+
+
+def upstream_like(loss: Tensor) -> Tensor:
+    """An upstream gradient that is neither 1 nor uniform; among several tokens, the third has 0."""
+    if loss.dim() == 0:
+        return torch.tensor(0.7, device=loss.device)
+    upstream = 1.5 * torch.rand(loss.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+    upstream.view(-1)[2:3] = 0.0
+    return upstream.to(loss.device)
+
+
+def gradients(loss: Tensor, arguments: Arguments, **options: Any) -> Arguments:
+    """Gradients of ``upstream_like(loss) * loss`` by the arguments that require one."""
+    wanted = {name: tensor for name, tensor in arguments.items() if tensor.requires_grad}
+    answers = torch.autograd.grad(loss, list(wanted.values()), upstream_like(loss), **options)
+    return dict(zip(wanted, answers, strict=True))
+
+
+def expected(loss_fn: Loss, arguments: Arguments, **options: Any) -> oracle.Expected:
+    """What the oracle answers, its gradients by the torch names; every token has the upstream of ``upstream_like``."""
+    names = LOGITS_NAMES if loss_fn is torch_api.cross_entropy else LINEAR_NAMES
+    compute = oracle.cross_entropy if loss_fn is torch_api.cross_entropy else oracle.fused_linear_ce
+    arrays = {names[name]: to_numpy(tensor) for name, tensor in arguments.items()}
+    per_token = options.get("reduction") == "none"
+    upstream = to_numpy(upstream_like(torch.empty(arguments["target"].shape if per_token else ())))
+    answer = compute(**arrays, upstream=upstream, **options)
+    by_torch_name = {name: answer.gradients[names[name]] for name in names if names[name] in answer.gradients}
+    return oracle.Expected(answer.loss, answer.z_loss, answer.token_accuracy, answer.predicted_tokens, by_torch_name)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
+
+
+def assert_close(actual: Tensor, wanted: np.ndarray) -> None:
+    """Equal to float32 accuracy."""
+    assert actual.shape == wanted.shape
+    np.testing.assert_allclose(to_numpy(actual), wanted, rtol=1e-5, atol=1e-6)
+
+
+def assert_gradients_close(actual: Arguments, wanted: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == wanted.keys()
+    for name, gradient in actual.items():
+        assert_close(gradient, wanted[name])
+
+
+def assert_same_bits(actual: Tensor, wanted: Tensor) -> None:
+    assert (actual.dtype, actual.shape) == (wanted.dtype, wanted.shape)
+    bits = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (actual, wanted)]
+    assert torch.equal(*bits), f"{actual} is not {wanted}"
+
+
+def assert_all_same_bits(actual: Arguments, wanted: Arguments) -> None:
+    assert actual.keys() == wanted.keys()
+    for name, tensor in actual.items():
+        assert_same_bits(tensor, wanted[name])
+
+
+def record_backward_plans(monkeypatch: pytest.MonkeyPatch) -> list[core.Plan]:
+    """The backward plans that are made from here on."""
+    plans: list[core.Plan] = []
+
+    def plan_backward(*arguments: Any) -> core.Plan:
+        plans.append(core.plan_backward(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(autograd, "plan_backward", plan_backward)
+    return plans
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[core.Plan]:
+    """The plans that are launched from here on."""
+    plans: list[core.Plan] = []
+
+    def launch(plan: core.Plan, tensors: Arguments) -> None:
+        plans.append(plan)
+        core.launch(plan, tensors)
+
+    monkeypatch.setattr(autograd, "launch", launch)
+    return plans

@@ -1,0 +1,476 @@
+"""The public functions and modules: signatures, results' types and shapes, and options that must not change a bit."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import torch_api
+from core_kernels import Options, linear_problem, plan_backward, plan_forward
+from core_kernels.engine import choose_engine
+from core_kernels.problem import Argument
+from tests.core_kernels.problems import HIDDEN, VOCAB
+from tests.torch_api.calls import (
+    LOSSES,
+    REDUCTIONS,
+    Arguments,
+    Loss,
+    assert_all_same_bits,
+    assert_close,
+    assert_gradients_close,
+    assert_same_bits,
+    expected,
+    gradients,
+    random_arguments,
+    record_launches,
+)
+from torch_api import (
+    CrossEntropyLoss,
+    CrossEntropyOutput,
+    FusedLinearCrossEntropyLoss,
+    cross_entropy,
+    functional,
+    fused_linear_cross_entropy,
+    modules,
+)
+
+REQUIRED = inspect.Parameter.empty
+FLAGS = {
+    "return_z_loss": "z_loss",
+    "return_token_accuracy": "token_accuracy",
+    "return_predicted_tokens": "predicted_tokens",
+}
+
+# (name, default) in order: what may be positional, then what is keyword-only.
+SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str, Any]]]] = {
+    cross_entropy: (
+        [
+            ("input", REQUIRED),
+            ("target", REQUIRED),
+            ("weight", None),
+            ("size_average", None),
+            ("ignore_index", -100),
+            ("reduce", None),
+            ("reduction", "mean"),
+            ("label_smoothing", 0.0),
+            ("lse_square_scale", 0.0),
+            ("softcap", None),
+            ("return_z_loss", False),
+            ("return_token_accuracy", False),
+            ("return_predicted_tokens", False),
+        ],
+        [("logit_scale", 1.0), ("engine", "auto"), ("check_labels", False)],
+    ),
+    fused_linear_cross_entropy: (
+        [
+            ("input", REQUIRED),
+            ("weight", REQUIRED),
+            ("target", REQUIRED),
+            ("bias", None),
+            ("ce_weight", None),
+            ("ignore_index", -100),
+            ("lse_square_scale", 0.0),
+            ("label_smoothing", 0.0),
+            ("reduction", "mean"),
+            ("softcap", None),
+            ("return_z_loss", False),
+            ("accum_dtype", None),
+            ("use_token_scaling", False),
+            ("return_token_accuracy", False),
+            ("return_predicted_tokens", False),
+        ],
+        [("logit_scale", 1.0), ("memory", "auto"), ("engine", "auto"), ("check_labels", False)],
+    ),
+    CrossEntropyLoss: (
+        [
+            ("weight", None),
+            ("ignore_index", -100),
+            ("lse_square_scale", 0.0),
+            ("label_smoothing", 0.0),
+            ("reduction", "mean"),
+            ("softcap", None),
+            ("return_z_loss", False),
+            ("return_token_accuracy", False),
+            ("return_predicted_tokens", False),
+        ],
+        [("logit_scale", 1.0), ("engine", "auto"), ("check_labels", False)],
+    ),
+    FusedLinearCrossEntropyLoss: (
+        [
+            ("ce_weight", None),
+            ("ignore_index", -100),
+            ("lse_square_scale", 0.0),
+            ("label_smoothing", 0.0),
+            ("reduction", "mean"),
+            ("softcap", None),
+            ("return_z_loss", False),
+            ("accum_dtype", None),
+            ("use_token_scaling", False),
+            ("return_token_accuracy", False),
+            ("return_predicted_tokens", False),
+        ],
+        [("logit_scale", 1.0), ("memory", "auto"), ("engine", "auto"), ("check_labels", False)],
+    ),
+    CrossEntropyLoss.forward: ([("self", REQUIRED), ("input", REQUIRED), ("target", REQUIRED)], []),
+    FusedLinearCrossEntropyLoss.forward: (
+        [("self", REQUIRED), ("lin_weight", REQUIRED), ("input", REQUIRED), ("target", REQUIRED), ("bias", None)],
+        [],
+    ),
+}
+
+every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
+
+
+# ---- signatures
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: function.__qualname__)
+def test_signature(function: Callable[..., Any]) -> None:
+    positional, keyword_only = SIGNATURES[function]
+    parameters = inspect.signature(function).parameters.values()
+    by_kind: dict[Any, list[tuple[str, Any]]] = {}
+    for parameter in parameters:
+        by_kind.setdefault(parameter.kind, []).append((parameter.name, parameter.default))
+    assert by_kind.pop(inspect.Parameter.POSITIONAL_OR_KEYWORD) == positional
+    assert by_kind.pop(inspect.Parameter.KEYWORD_ONLY, []) == keyword_only
+    assert by_kind == {}
+    for parameter in parameters:  # 1 == 1.0 == True, but they are not the same default
+        assert type(parameter.default) is type(dict(positional + keyword_only)[parameter.name])
+
+
+def test_public_names() -> None:
+    assert sorted(torch_api.__all__) == [
+        "CrossEntropyLoss",
+        "CrossEntropyOutput",
+        "FusedLinearCrossEntropyLoss",
+        "cross_entropy",
+        "fused_linear_cross_entropy",
+    ]
+    assert [field.name for field in fields(CrossEntropyOutput)] == ["loss", *FLAGS.values()]
+
+
+# ---- modules
+
+# None of these is its default, and each that can changes the result.
+ALL_OPTIONS: dict[str, Any] = {
+    "ignore_index": 3,
+    "lse_square_scale": 0.05,
+    "label_smoothing": 0.1,
+    "reduction": "sum",
+    "softcap": 4.0,
+    "return_z_loss": True,
+    "return_token_accuracy": True,
+    "return_predicted_tokens": True,
+    "logit_scale": 0.5,
+    "engine": "torch",
+    "check_labels": True,
+}
+LINEAR_OPTIONS = {"accum_dtype": torch.float32, "use_token_scaling": True, "memory": 1_000_000}
+
+
+def module_and_function(linear: bool) -> tuple[type[torch.nn.Module], Loss, dict[str, Any]]:
+    if linear:
+        return FusedLinearCrossEntropyLoss, fused_linear_cross_entropy, ALL_OPTIONS | LINEAR_OPTIONS
+    return CrossEntropyLoss, cross_entropy, ALL_OPTIONS
+
+
+def call_module(module: torch.nn.Module, arguments: Arguments) -> Any:
+    if isinstance(module, FusedLinearCrossEntropyLoss):
+        return module(arguments["weight"], arguments["input"], arguments["target"], arguments["bias"])
+    return module(arguments["input"], arguments["target"])
+
+
+def class_weight_name(loss_fn: Loss) -> str:
+    return "weight" if loss_fn is cross_entropy else "ce_weight"
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_module_passes_every_option_on(device: torch.device, monkeypatch: pytest.MonkeyPatch, linear: bool) -> None:
+    module_class, loss_fn, options = module_and_function(linear)
+    weight_name = class_weight_name(loss_fn)
+    assert {weight_name, *options} == inspect.signature(module_class).parameters.keys()
+    arguments = random_arguments(loss_fn, device)
+    bound: list[dict[str, Any]] = []
+
+    def record(*positional: Any, **keywords: Any) -> None:
+        bound.append(inspect.signature(loss_fn).bind(*positional, **keywords).arguments)
+
+    monkeypatch.setattr(modules, loss_fn.__name__, record)
+    module = module_class(**{weight_name: arguments[weight_name]}, **options)
+    call_module(module, arguments)
+    (passed,) = bound
+    assert passed.keys() == {*arguments, *options}
+    assert all(passed[name] is arguments[name] for name in arguments)
+    assert {name: passed[name] for name in options} == options
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_module_gives_the_bits_of_its_function(device: torch.device, linear: bool) -> None:
+    module_class, loss_fn, options = module_and_function(linear)
+    options = options | {"engine": "auto"}
+    weight_name = class_weight_name(loss_fn)
+    arguments = random_arguments(loss_fn, device)
+    arguments["target"].masked_fill_(arguments["target"] < 0, 3)
+
+    by_function = loss_fn(**arguments, **options)
+    module = module_class(**{weight_name: arguments[weight_name]}, **options)
+    by_module = call_module(module, arguments)
+    for field in fields(CrossEntropyOutput):
+        assert_same_bits(getattr(by_module, field.name), getattr(by_function, field.name))
+    assert_all_same_bits(gradients(by_module.loss, arguments), gradients(by_function.loss, arguments))
+
+    of_default = loss_fn(arguments["input"], **{k: arguments[k] for k in arguments if k not in ("input", weight_name)})
+    assert not torch.equal(of_default, by_function.loss)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_class_weight_is_a_buffer(device: torch.device, linear: bool) -> None:
+    module_class, loss_fn, _ = module_and_function(linear)
+    name = class_weight_name(loss_fn)
+    arguments = random_arguments(loss_fn, device)
+    module = module_class(arguments[name])
+    assert list(module.parameters()) == []
+    assert list(module.state_dict()) == [name]
+    assert_same_bits(module.state_dict()[name], arguments[name])
+
+    other = module_class(torch.ones_like(arguments[name]))
+    assert not torch.equal(call_module(other, arguments), call_module(module, arguments))
+    other.load_state_dict(module.state_dict())
+    assert_same_bits(call_module(other, arguments), call_module(module, arguments))
+
+    half = module.to(torch.bfloat16)
+    assert_same_bits(getattr(half, name), arguments[name].bfloat16())
+    assert_close(call_module(half, arguments), expected(loss_fn, arguments | {name: arguments[name].bfloat16()}).loss)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_module_without_class_weight_has_no_state(linear: bool) -> None:
+    module_class, loss_fn, _ = module_and_function(linear)
+    module = module_class()
+    assert not module.state_dict()
+    assert getattr(module, class_weight_name(loss_fn)) is None
+
+
+# ---- results
+
+
+@every_loss
+def test_without_flags_the_result_is_the_bare_loss(device: torch.device, loss_fn: Loss) -> None:
+    arguments = random_arguments(loss_fn, device)
+    loss = loss_fn(**arguments)
+    assert type(loss) is Tensor
+    assert_close(loss, expected(loss_fn, arguments).loss)
+
+
+@every_loss
+@pytest.mark.parametrize("flag", FLAGS)
+def test_one_flag_fills_one_field(device: torch.device, loss_fn: Loss, flag: str) -> None:
+    arguments = random_arguments(loss_fn, device)
+    output = loss_fn(**arguments, lse_square_scale=0.05, **{flag: True})
+    wanted = expected(loss_fn, arguments, lse_square_scale=0.05)
+    assert type(output) is CrossEntropyOutput
+    assert_close(output.loss, wanted.loss)
+    for name in FLAGS.values():
+        if name == FLAGS[flag]:
+            assert_close(getattr(output, name), getattr(wanted, name))
+        else:
+            assert getattr(output, name) is None
+
+
+@every_loss
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (2, 1, 3)])
+def test_shapes_dtypes_and_values_of_every_result(
+    device: torch.device, loss_fn: Loss, reduction: str, leading: tuple[int, ...]
+) -> None:
+    arguments = random_arguments(loss_fn, device, leading)
+    output = loss_fn(**arguments, reduction=reduction, lse_square_scale=0.05, **dict.fromkeys(FLAGS, True))
+    wanted = expected(loss_fn, arguments, reduction=reduction, lse_square_scale=0.05)
+    for name in ("loss", "z_loss", "token_accuracy"):
+        result = getattr(output, name)
+        assert (result.dtype, result.device) == (torch.float32, arguments["input"].device)
+        assert result.shape == (leading if reduction == "none" else ())
+        assert_close(result, getattr(wanted, name))
+    assert output.predicted_tokens.dtype == torch.int64
+    assert output.predicted_tokens.shape == leading
+    assert output.predicted_tokens.tolist() == wanted.predicted_tokens.tolist()
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_loss_is_float32_and_gradients_have_their_inputs_dtype(
+    device: torch.device, loss_fn: Loss, dtype: torch.dtype
+) -> None:
+    arguments = random_arguments(loss_fn, device)
+    for name, tensor in arguments.items():
+        if tensor.requires_grad:
+            arguments[name] = tensor.detach().to(dtype).requires_grad_()
+    loss = loss_fn(**arguments)
+    assert loss.dtype == torch.float32
+    assert_close(loss, expected(loss_fn, arguments).loss)  # of the rounded inputs, to float32 accuracy
+    assert {gradient.dtype for gradient in gradients(loss, arguments).values()} == {dtype}
+
+
+@every_loss
+def test_int32_and_int64_targets_give_the_same_bits(device: torch.device, loss_fn: Loss) -> None:
+    arguments = random_arguments(loss_fn, device)
+    results = []
+    for dtype in (torch.int64, torch.int32):
+        arguments["target"] = arguments["target"].to(dtype)
+        output = loss_fn(**arguments, return_token_accuracy=True, return_predicted_tokens=True)
+        assert output.predicted_tokens.dtype == torch.int64
+        metrics = {"token_accuracy": output.token_accuracy, "predicted_tokens": output.predicted_tokens}
+        results.append(
+            {"loss": output.loss} | metrics | {f"d_{k}": g for k, g in gradients(output.loss, arguments).items()}
+        )
+    assert_all_same_bits(*results)
+
+
+# ---- options
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce args will be deprecated:UserWarning")
+@pytest.mark.parametrize(
+    ("legacy", "reduction"),
+    [
+        ({"size_average": True}, "mean"),
+        ({"size_average": False}, "sum"),
+        ({"reduce": True}, "mean"),
+        ({"reduce": False}, "none"),
+        ({"size_average": False, "reduce": True}, "sum"),
+        ({"size_average": True, "reduce": False}, "none"),
+    ],
+)
+def test_legacy_reductions(device: torch.device, legacy: dict[str, bool], reduction: str) -> None:
+    arguments = random_arguments(cross_entropy, device)
+    other = "sum" if reduction == "mean" else "mean"
+    assert_same_bits(
+        cross_entropy(**arguments, **legacy, reduction=other), cross_entropy(**arguments, reduction=reduction)
+    )
+
+
+@pytest.mark.parametrize("accum_dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_accum_dtype_changes_nothing(device: torch.device, accum_dtype: torch.dtype) -> None:
+    arguments = random_arguments(fused_linear_cross_entropy, device)
+    default = fused_linear_cross_entropy(**arguments)
+    chosen = fused_linear_cross_entropy(**arguments, accum_dtype=accum_dtype)
+    assert_same_bits(chosen, default)
+    assert_all_same_bits(gradients(chosen, arguments), gradients(default, arguments))
+
+
+@every_loss
+def test_the_torch_engine_by_name(device: torch.device, monkeypatch: pytest.MonkeyPatch, loss_fn: Loss) -> None:
+    launches = record_launches(monkeypatch)
+    arguments = random_arguments(loss_fn, device)
+    loss = loss_fn(**arguments, engine="torch")
+    answers = gradients(loss, arguments)
+    assert [plan.engine for plan in launches] == ["torch", "torch"]
+    wanted = expected(loss_fn, arguments)
+    assert_close(loss, wanted.loss)
+    assert_gradients_close(answers, wanted.gradients)
+
+
+@every_loss
+def test_the_automatic_engine_is_the_kernels_wherever_they_run(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, loss_fn: Loss
+) -> None:
+    launches = record_launches(monkeypatch)
+    arguments = random_arguments(loss_fn, device)
+    gradients(loss_fn(**arguments), arguments)
+    assert [plan.engine for plan in launches] == [choose_engine("auto", device)] * 2
+
+
+@every_loss
+def test_the_triton_engine_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch, loss_fn: Loss) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="engine='triton' needs a GPU, or TRITON_INTERPRET=1 set before Python starts"):
+        loss_fn(**random_arguments(loss_fn, torch.device("cpu")), engine="triton")
+
+
+@every_loss
+def test_check_labels_changes_no_bit(device: torch.device, loss_fn: Loss) -> None:
+    arguments = random_arguments(loss_fn, device)
+    assert_same_bits(loss_fn(**arguments, check_labels=True), loss_fn(**arguments))
+
+
+# ---- memory
+
+
+def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, int, int]:
+    """Arguments whose vocab spans four slabs of the least size; the bytes of one slab, and of ``grad_rows``."""
+    arguments = {name: t.detach() for name, t in random_arguments(fused_linear_cross_entropy, device).items()}
+    tokens = arguments["target"].numel()
+    forward = plan_forward(
+        linear_problem(
+            Argument("input", (tokens, HIDDEN), dtype),
+            Argument("weight", (VOCAB, HIDDEN), dtype),
+            Argument("target", (tokens,), torch.int64),
+            None,
+            None,
+        ),
+        Options(),
+        device,
+    )
+    vocab = 3 * forward.tile.n + 5
+    torch.manual_seed(2)
+    leaves = {
+        "input": torch.randn(tokens, HIDDEN),
+        "weight": 0.5 * torch.randn(vocab, HIDDEN),
+        "bias": torch.randn(vocab),
+    }
+    arguments |= {name: leaf.to(device, dtype).requires_grad_() for name, leaf in leaves.items()}
+    del arguments["ce_weight"]
+
+    (rows,) = (b for b in plan_backward(forward, ["x"]).workspace if b.name == "grad_rows")
+    (slab,) = (b for b in plan_backward(forward, ["x"]).workspace if b.name == "slab")
+    return arguments, tokens * forward.tile.n * slab.dtype.itemsize, rows.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_change_the_result(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    launches = record_launches(monkeypatch)
+    arguments, slab, rows = slab_problem(device, dtype)
+    results = []
+    for memory in ("speed", "auto", "lean", rows + slab, rows + 2 * slab, rows + 3 * slab):
+        loss = fused_linear_cross_entropy(**arguments, label_smoothing=0.1, memory=memory)
+        results.append({"loss": loss} | gradients(loss, arguments))
+    backward = [plan for plan in launches if plan.backward]
+    tile = backward[0].tile.n
+    vocab = len(arguments["weight"])
+    assert [plan.slab for plan in backward] == [vocab, vocab, vocab, tile, 2 * tile, 3 * tile]
+
+    first, *others = results
+    for other in others:
+        if backward[0].engine == "triton":
+            assert_all_same_bits(other, first)
+        else:  # the products' shapes decide in which order the BLAS sums
+            torch.testing.assert_close(other, first, rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [0, 1, 100])
+def test_too_little_memory_raises(device: torch.device, memory: int) -> None:
+    arguments, _, _ = slab_problem(device, torch.float32)
+    with pytest.raises(ValueError, match=f"memory={memory} bytes are too few: this call needs at least [0-9]+"):
+        fused_linear_cross_entropy(**arguments, memory=memory)
+
+
+def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) -> None:
+    arguments, slab, rows = slab_problem(device, torch.float32)
+    memory = rows + slab - 1
+    message = f"memory={memory} bytes are too few: this call needs at least {rows + slab}"
+    with pytest.raises(ValueError, match=message):
+        fused_linear_cross_entropy(**arguments, memory=memory).backward()
+
+
+def test_functions_take_no_unknown_option(device: torch.device) -> None:
+    assert "use_token_scaling" not in inspect.signature(functional.cross_entropy).parameters
+    with pytest.raises(TypeError, match="unexpected keyword argument 'memory'"):
+        cross_entropy(**random_arguments(cross_entropy, device), memory="lean")
