@@ -51,7 +51,7 @@ class Plan:
     outputs: tuple[Buffer, ...]
     saved: tuple[Buffer, ...]
     workspace: tuple[Buffer, ...]
-    slab: int  # vocab columns of the projected logits, or rows of given ones, in the slab
+    slab: int  # vocab columns of the projected logits, or rows of given ones, that the slab holds
     strips: int  # into how many strips of the vocab the forward projection is split
 
     @property
@@ -141,6 +141,8 @@ def plan_backward(forward: Plan, wanted: Iterable[str]) -> Plan:
     workspace = []
     if h is not None and "grad_x" in names:  # summed over slices of the vocab in float32, rounded once
         workspace.append(Buffer("grad_rows", (n, h), torch.float32))
+    if h is not None and "grad_weight" in names and engine == "triton":  # x of the valid tokens, side by side
+        workspace.append(Buffer("valid_x", (n, aligned(h)), problem.dtype))
     needs_slab = h is not None or engine == "torch"
     slab = _add_slab(workspace, problem, engine, forward.tile, forward.memory, needed=needs_slab)
     return replace(
@@ -191,15 +193,13 @@ def _strips(tokens: int, vocab: int, tile: Tile) -> int:
 def _add_slab(
     workspace: list[Buffer], problem: Problem, engine: str, tile: Tile, memory: str | int, *, needed: bool
 ) -> int:
-    """Append the slab to ``workspace``, as large as ``memory`` allows (at least a step), and return its columns or rows."""
-    linear = problem.hidden is not None
-    if linear:  # columns of all tokens: a multiple of the tile, so that slicing never changes a bit
-        across, limit, step = problem.tokens, problem.vocab, tile.n
-    else:
-        across, limit, step = problem.vocab, problem.tokens, 1
+    """Append the slab, as large as ``memory`` allows but at least one step, and return its columns or rows."""
     dtype = problem.dtype if engine == "triton" else torch.float32
-    unit = max(1, across) * min(step, max(1, limit)) * dtype.itemsize
-    limit_units = max(1, math.ceil(limit / step))
+    if problem.hidden is None:  # some rows of all columns
+        across, limit, step = problem.vocab, problem.tokens, 1
+    else:  # some columns of all rows: whole tiles, so that slicing never changes a bit
+        across, limit, step = problem.tokens, problem.vocab, tile.n
+    unit = max(1, across * min(step, aligned(limit))) * dtype.itemsize
 
     if isinstance(memory, bool) or not isinstance(memory, (str, int)):
         raise TypeError(f"memory must be 'auto', 'speed', 'lean' or a number of bytes, got {memory!r}")
@@ -211,6 +211,12 @@ def _add_slab(
         units = max(1, (memory - sum(buffer.nbytes for buffer in workspace)) // unit)
     if not needed:
         return 0
-    columns = min(min(units, limit_units) * step, limit)
-    workspace.append(Buffer("slab", (max(1, across) * columns,), dtype))
-    return columns
+    held = min(units * step, limit)
+    shape = (held, across) if problem.hidden is None else (across, aligned(held) if engine == "triton" else held)
+    workspace.append(Buffer("slab", shape, dtype))
+    return held
+
+
+def aligned(columns: int) -> int:
+    """A row length whose rows all start where a tensor descriptor, and a wide load, may start."""
+    return math.ceil(columns / 16) * 16

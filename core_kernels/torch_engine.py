@@ -174,7 +174,7 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
     if options.use_token_scaling:
         scale = t["token_scale"].copy_((-nll).exp())
         loss, z_loss = loss * scale, z_loss * scale
-    missing = torch.where(t["labels"] == options.ignore_index, 0.0, float("nan"))
+    missing = torch.where(t["labels"].long() == options.ignore_index, 0.0, float("nan"))
     loss = torch.where(valid, loss, missing)
     z_loss = torch.where(valid, z_loss, missing)
 
@@ -272,7 +272,7 @@ def _scale_and_cap(z: Tensor, options: Options) -> Tensor:
 
 
 def _slab(t: Tensors, rows: int, columns: int) -> Tensor:
-    return t["slab"][: rows * columns].view(rows, columns)
+    return t["slab"].view(-1)[: rows * columns].view(rows, columns)
 
 
 def _slices(total: int, step: int) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core_kernels.engine import interpreting
 from core_kernels.kernels import cross_entropy, linear, products, tokens
@@ -20,6 +21,8 @@ Tensors = Mapping[str, Tensor]
 
 TOKEN_BLOCK = 32  # tokens that one program finishes: small, so that many programs read the strips
 REDUCE_BLOCK = 1024
+HIDDEN_BLOCK = 1024
+BIAS_BLOCK = 64
 
 # The interpreter replaces parts of triton.language process-wide while a kernel runs, so only one may run at a time.
 _INTERPRETER_LOCK = threading.RLock()
@@ -145,61 +148,96 @@ def linear_forward(plan: Plan, t: Tensors) -> None:
 
 
 def linear_backward(plan: Plan, t: Tensors) -> None:
-    problem, tile = plan.problem, plan.tile
-    n, vocab, hidden = problem.tokens, problem.vocab, problem.hidden
-    assert hidden is not None
-    x, weight = t["x"], t["weight"]
-    grad_x, grad_weight, grad_bias = t.get("grad_x"), t.get("grad_weight"), t.get("grad_bias")
-    token_tiles = triton.cdiv(n, tile.m)
-    hidden_tiles = triton.cdiv(hidden, tile.n)
-    blocks = _blocks(plan)
-    for first in range(0, vocab, plan.slab) if plan.outputs else ():
-        columns = min(plan.slab, vocab - first)
-        slab = t["slab"]
-        linear.slab_gradient[(token_tiles * triton.cdiv(columns, tile.n),)](
-            x,
-            weight,
-            t.get("bias"),
-            t["labels"],
-            *_class_weight(t),
+    n, vocab, hidden = plan.problem.tokens, plan.problem.vocab, plan.problem.hidden
+    if "grad_weight" in t:
+        products.gather_valid_rows[(n, triton.cdiv(hidden, HIDDEN_BLOCK))](
+            t["x"],
             t["valid_tokens"],
             t["num_valid"],
-            t["row_max"],
-            t["log_sum"],
-            t.get("token_scale"),
-            t.get("divisors"),
-            t["grad_loss"],
+            t["valid_x"],
+            *t["x"].stride(),
+            hidden,
+            t["valid_x"].stride(0),
+            BLOCK=HIDDEN_BLOCK,
+        )
+    for first in range(0, vocab, plan.slab) if plan.outputs else ():
+        columns = min(plan.slab, vocab - first)
+        _slab_gradient(plan, t, first, columns)
+        _multiply_slab(plan, t, first, columns)
+    if "grad_x" in t:
+        products.scatter_input_gradient[(n, triton.cdiv(hidden, HIDDEN_BLOCK))](
+            t["grad_rows"], t["valid_position"], t["grad_x"], hidden, BLOCK=HIDDEN_BLOCK
+        )
+
+
+def _slab_gradient(plan: Plan, t: Tensors, first: int, columns: int) -> None:
+    """Fill the slab with the gradient of the raw logits for ``columns`` columns from ``first``."""
+    n, tile = plan.problem.tokens, plan.tile
+    linear.slab_gradient[(triton.cdiv(n, tile.m) * triton.cdiv(columns, tile.n),)](
+        t["x"],
+        t["weight"],
+        t.get("bias"),
+        t["labels"],
+        *_class_weight(t),
+        t["valid_tokens"],
+        t["num_valid"],
+        t["row_max"],
+        t["log_sum"],
+        t.get("token_scale"),
+        t.get("divisors"),
+        t["grad_loss"],
+        t["slab"],
+        *t["x"].stride(),
+        *t["weight"].stride(),
+        _grad_stride(plan),
+        n,
+        plan.problem.vocab,
+        plan.problem.hidden,
+        first,
+        columns,
+        t["slab"].stride(0),
+        plan.options.ignore_index,
+        **_logit_options(plan),
+        **_loss_options(plan),
+        **_gradient_flags(plan),
+        **_projection(plan),
+    )
+
+
+def _multiply_slab(plan: Plan, t: Tensors, first: int, columns: int) -> None:
+    """Take the slab into every gradient that is wanted."""
+    n, hidden, tile = plan.problem.tokens, plan.problem.hidden, plan.tile
+    slab, num_valid, stride = t["slab"], t["num_valid"], t["slab"].stride(0)
+    hidden_tiles = triton.cdiv(hidden, tile.n)
+    if "grad_x" in t:
+        products.add_input_gradient[(triton.cdiv(n, tile.m) * hidden_tiles,)](
             slab,
-            *x.stride(),
-            *weight.stride(),
-            _grad_stride(plan),
-            vocab,
+            t["weight"],
+            t["grad_rows"],
+            num_valid,
+            *t["weight"].stride(),
             hidden,
             first,
             columns,
-            plan.options.ignore_index,
-            **_logit_options(plan),
-            **_loss_options(plan),
-            **_gradient_flags(plan),
-            **_projection(plan),
+            stride,
+            FIRST=first == 0,
+            **_blocks(plan),
         )
-        if grad_x is not None:
-            products.add_input_gradient[(token_tiles * hidden_tiles,)](
-                slab, weight, t["grad_rows"], t["num_valid"], *weight.stride(), hidden, first, columns,
-                FIRST=first == 0, **blocks,
-            )  # fmt: skip
-        if grad_weight is not None:
-            products.weight_gradient[(triton.cdiv(columns, tile.m) * hidden_tiles,)](
-                slab, x, grad_weight, t["valid_tokens"], t["num_valid"], *x.stride(), *grad_weight.stride(),
-                hidden, first, columns, **blocks,
-            )  # fmt: skip
-        if grad_bias is not None:
-            products.bias_gradient[(triton.cdiv(columns, 64),)](
-                slab, grad_bias, t["num_valid"], first, columns, ROWS=64, COLUMNS=64
-            )
-    if grad_x is not None:
-        products.scatter_input_gradient[(n, triton.cdiv(hidden, 1024))](
-            t["grad_rows"], t["valid_position"], grad_x, hidden, BLOCK=1024
+    if "grad_weight" in t:
+        products.weight_gradient[(triton.cdiv(columns, tile.m) * hidden_tiles,)](
+            TensorDescriptor.from_tensor(slab, [tile.k, tile.m]),
+            TensorDescriptor.from_tensor(t["valid_x"], [tile.k, tile.n]),
+            t["grad_weight"],
+            num_valid,
+            *t["grad_weight"].stride(),
+            hidden,
+            first,
+            columns,
+            **_blocks(plan),
+        )
+    if "grad_bias" in t:
+        products.bias_gradient[(triton.cdiv(columns, BIAS_BLOCK),)](
+            slab, t["grad_bias"], num_valid, first, columns, stride, ROWS=BIAS_BLOCK, COLUMNS=BIAS_BLOCK
         )
 
 

@@ -67,7 +67,7 @@ def jax_dtype(dtype: torch.dtype) -> jnp.dtype:
 
 def torch_dtype(dtype: Any) -> torch.dtype | str:
     """The torch dtype of the same name, or the name where torch has none."""
-    name = jnp.dtype(dtype).name
+    name = getattr(dtype, "name", str(dtype))
     found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) else name
 
@@ -75,11 +75,12 @@ def torch_dtype(dtype: Any) -> torch.dtype | str:
 def torch_device(arrays: Sequence[jax.Array]) -> torch.device:
     """Where a call on ``arrays`` will run: where they lie, or on the default backend if they are being traced."""
     device = next((next(iter(a.devices())) for a in arrays if not isinstance(a, jax.core.Tracer)), None)
-    platform = device.platform if device is not None else jax.default_backend()
+    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    platform = getattr(device, "platform", device) or jax.default_backend()
     if platform == "cpu":
         return torch.device("cpu")
     if platform in ("gpu", "cuda", "rocm"):
-        return torch.device("cuda", device.local_hardware_id or 0 if device is not None else 0)
+        return torch.device("cuda", getattr(device, "local_hardware_id", None) or 0)
     raise NotImplementedError(f"twinhead runs on JAX's CPU and GPU backends; this call is for the backend {platform!r}")
 
 

@@ -243,6 +243,7 @@ def _run(
     memory: str | int,
     transposed: frozenset[str],
 ) -> jax.Array | CrossEntropyOutput:
+    _check_narrowing(inputs["labels"], problem.vocab, options)
     arrays = {name: jnp.asarray(array) for name, array in inputs.items() if array is not None}
     if where is not None:
         arrays["labels"] = _mask(arrays["labels"], where, options.ignore_index)
@@ -277,6 +278,16 @@ def _mask(labels: jax.Array, where: jax.Array, ignore_index: int) -> jax.Array:
     if not limits.min <= ignore_index <= limits.max:
         raise ValueError(f"ignore_index must fit in the labels' {labels.dtype} when where is given, got {ignore_index}")
     return jnp.where(where, labels, ignore_index)
+
+
+def _check_narrowing(labels: Any, vocab: int, options: core.Options) -> None:
+    """With x64 off JAX wraps NumPy's int64 to 32 bits, and so could make a class of a bad label."""
+    if not isinstance(labels, np.ndarray):
+        return
+    if np.array_equal(labels.astype(jax.dtypes.canonicalize_dtype(labels.dtype)), labels):
+        return
+    core.check_labels(torch.from_numpy(labels), vocab, options.ignore_index, "labels")
+    raise ValueError(f"ignore_index={options.ignore_index} needs 64 bits: enable x64, or choose a smaller one")
 
 
 def _check_labels(labels: jax.Array, vocab: int, options: core.Options, device: torch.device) -> None:

@@ -169,7 +169,7 @@ def finish_tokens(
 def slab_gradient(
     x, weight, bias, labels, class_weight, class_weight_sum, valid_tokens, num_valid,
     saved_max, saved_log_sum, token_scale, divisors, grad_loss, slab,
-    stride_xn, stride_xh, stride_wv, stride_wh, grad_stride, V, H, first_column, slab_columns,
+    stride_xn, stride_xh, stride_wv, stride_wh, grad_stride, num_tokens, V, H, first_column, slab_columns, slab_stride,
     ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
@@ -177,7 +177,8 @@ def slab_gradient(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * vocab tiles of the slab,). ``slab`` (tokens, slab_columns): gradient of the raw logits of the
-    valid tokens for the columns from ``first_column``, rounded once, with the upstream gradient already in it.
+    valid tokens for the columns from ``first_column``, rounded once, with the upstream gradient already in it. The last
+    tile's rows that are no valid token are zero, so that a product over tokens needs no mask.
     """
     count = tl.load(num_valid)
     token_tiles = tl.cdiv(count, M)
@@ -211,5 +212,6 @@ def slab_gradient(
         soft[:, None], target[:, None], uniform[:, None],
         class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
     )  # fmt: skip
-    at = rank.to(tl.int64)[:, None] * slab_columns + slab_column[None, :]
-    tl.store(slab + at, round_to(g, slab.dtype.element_ty), mask=inside[:, None] & in_slab[None, :])
+    g = tl.where(inside[:, None], g, 0.0)
+    at = rank.to(tl.int64)[:, None] * slab_stride + slab_column[None, :]
+    tl.store(slab + at, round_to(g, slab.dtype.element_ty), mask=(rank < num_tokens)[:, None] & in_slab[None, :])

@@ -9,7 +9,7 @@ from core_kernels.kernels.logits import multiply_add, round_to
 
 @triton.jit
 def add_input_gradient(
-    slab, weight, grad_rows, num_valid, stride_wv, stride_wh, H, first_column, slab_columns,
+    slab, weight, grad_rows, num_valid, stride_wv, stride_wh, H, first_column, slab_columns, slab_stride,
     FIRST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -31,7 +31,7 @@ def add_input_gradient(
     total = tl.zeros([M, N], tl.float32)
     if not FIRST:
         total = tl.load(grad_rows + at, mask=mask, other=0.0)
-    g_tile = slab + rank[:, None] * slab_columns + k[None, :]
+    g_tile = slab + rank[:, None] * slab_stride + k[None, :]
     w_tile = weight + (first_column + k[:, None]).to(tl.int64) * stride_wv + h[None, :].to(tl.int64) * stride_wh
     for start in range(0, slab_columns, K):
         in_slab = start + k < slab_columns
@@ -54,40 +54,47 @@ def scatter_input_gradient(grad_rows, valid_position, grad_x, H, BLOCK: tl.const
 
 
 @triton.jit
+def gather_valid_rows(
+    x, valid_tokens, num_valid, valid_x, stride_xn, stride_xh, H, row_stride, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Grid (tokens, blocks of H). ``valid_x (tokens, H)``: the valid tokens' rows of ``x``, packed, then zeros."""
+    rank = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.load(valid_tokens + rank).to(tl.int64)
+    readable = h < tl.where(rank < tl.load(num_valid), H, 0)
+    row = tl.load(x + token * stride_xn + h.to(tl.int64) * stride_xh, mask=readable, other=0.0)
+    tl.store(valid_x + rank * row_stride + h, row, mask=h < H)
+
+
+@triton.jit
 def weight_gradient(
-    slab, x, grad_weight, valid_tokens, num_valid,
-    stride_xn, stride_xh, stride_gv, stride_gh, H, first_column, slab_columns,
+    slab, valid_x, grad_weight, num_valid, stride_gv, stride_gh, H, first_column, slab_columns,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (vocab tiles of the slab * hidden tiles,). ``grad_weight[columns] = slab.T @ x[valid tokens]``."""
+    """Grid (vocab tiles of the slab * hidden tiles,). ``grad_weight[columns] = slab.T @ valid_x``, rounded once.
+
+    ``slab (tokens, slab_columns)`` and ``valid_x (tokens, H)`` are tensor descriptors, of (K, M) and (K, N) blocks.
+    Both are zero from the last valid token to the end of its tile.
+    """
     count = tl.load(num_valid)
     vocab_tiles = tl.cdiv(slab_columns, M)
     hidden_tiles = tl.cdiv(H, N)
     tile, hidden_tile = grouped_tile(tl.program_id(0), vocab_tiles, hidden_tiles, GROUP)
-    slab_column = tile * M + tl.arange(0, M)
-    h = hidden_tile * N + tl.arange(0, N)
-    k = tl.arange(0, K)
-    in_slab = slab_column < slab_columns
-    in_hidden = h < H
     total = tl.zeros([M, N], tl.float32)
     for start in range(0, count, K):
-        rank = start + k
-        inside = rank < count
-        token = tl.load(valid_tokens + rank, mask=inside, other=0).to(tl.int64)
-        g_tile = slab + rank.to(tl.int64)[None, :] * slab_columns + slab_column[:, None]
-        x_tile = x + token[:, None] * stride_xn + h[None, :].to(tl.int64) * stride_xh
-        a = tl.load(g_tile, mask=in_slab[:, None] & inside[None, :], other=0.0)
-        b = tl.load(x_tile, mask=inside[:, None] & in_hidden[None, :], other=0.0)
+        a = slab.load([start, tile * M]).T
+        b = valid_x.load([start, hidden_tile * N])
         total = multiply_add(a, b, total)
-    column = (first_column + slab_column).to(tl.int64)
-    at = column[:, None] * stride_gv + h[None, :].to(tl.int64) * stride_gh
+    slab_column = tile * M + tl.arange(0, M)
+    h = hidden_tile * N + tl.arange(0, N)
+    at = (first_column + slab_column).to(tl.int64)[:, None] * stride_gv + h[None, :].to(tl.int64) * stride_gh
     rounded = round_to(total, grad_weight.dtype.element_ty)
-    tl.store(grad_weight + at, rounded, mask=in_slab[:, None] & in_hidden[None, :])
+    tl.store(grad_weight + at, rounded, mask=(slab_column < slab_columns)[:, None] & (h < H)[None, :])
 
 
 @triton.jit
 def bias_gradient(
-    slab, grad_bias, num_valid, first_column, slab_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    slab, grad_bias, num_valid, first_column, slab_columns, slab_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Grid (blocks of slab columns,). ``grad_bias[columns]``: column sums of the slab, in float32, in order."""
     count = tl.load(num_valid)
@@ -96,7 +103,7 @@ def bias_gradient(
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, count, ROWS):
         rank = start + tl.arange(0, ROWS)
-        at = rank.to(tl.int64)[:, None] * slab_columns + slab_column[None, :]
+        at = rank.to(tl.int64)[:, None] * slab_stride + slab_column[None, :]
         g = tl.load(slab + at, mask=(rank < count)[:, None] & in_slab[None, :], other=0.0)
         total += tl.sum(g.to(tl.float32), 0)
     tl.store(grad_bias + first_column + slab_column, round_to(total, grad_bias.dtype.element_ty), mask=in_slab)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
@@ -178,7 +179,7 @@ def test_a_plain_loss_needs_little(engine: str, problem: Callable[..., Problem])
         ({"reduction": "mean"}, False, set(), {"divisors"}, set()),
         ({"lse_square_scale": 0.1, "softcap": 5.0, "logit_scale": 2.0}, False, set(), set(), set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 @pytest.mark.parametrize("problem", [linear, logits])
 def test_an_option_adds_its_buffers_and_no_other(
@@ -228,7 +229,8 @@ def test_the_backward_plan_of_a_linear_loss(
         name: (shape, dtype) for name, shape in outputs.items()
     }
     assert (Buffer("grad_rows", (TOKENS, HIDDEN), torch.float32) in plan.workspace) == rows
-    assert names(plan.workspace) <= {"slab", "grad_rows"}
+    packed = {"valid_x"} if engine == "triton" and "weight" in wanted else set()
+    assert names(plan.workspace) == {"slab"} | packed | ({"grad_rows"} if rows else set())
     assert plan.saved == ()
     assert plan.inputs == (*forward.inputs, *(buffer.name for buffer in forward.saved), "grad_loss")
 
@@ -264,19 +266,22 @@ def test_a_large_problem_is_planned_within_its_slab(engine: str, memory: str) ->
     assert nbytes(forward.buffers) < LARGE_LOGITS_BYTES / 50
 
     backward = plan_backward(forward, ["x", "weight", "bias"])
-    grad_rows = 8192 * 4096 * 4
-    assert grad_rows < nbytes(backward.workspace) <= slab + grad_rows
+    rows = 8192 * 4096 * (4 + (2 if engine == "triton" else 0))  # grad_rows in float32, valid_x in bf16
+    assert rows < nbytes(backward.workspace) <= slab + rows
     if memory != "speed":
-        assert nbytes(backward.workspace) < LARGE_LOGITS_BYTES / 6
+        assert nbytes(backward.workspace) < LARGE_LOGITS_BYTES / 5
         assert nbytes(backward.buffers) < LARGE_LOGITS_BYTES / 2  # the gradients themselves included
 
 
-@pytest.mark.parametrize("memory", ["lean", "auto", "speed", 10**9, 2 * 10**8 + 1])
+@pytest.mark.parametrize("memory", ["lean", "auto", "speed", 10**9, 3 * 10**8 + 1])
 def test_the_slab_is_whole_tiles_or_the_whole_vocab(engine: str, memory: str | int) -> None:
     for problem in (linear(**LARGE), linear()):
         backward = plan_backward(plan_forward(problem, PLAIN, CPU, engine=engine, memory=memory), ["x", "weight"])
         (slab,) = (buffer for buffer in backward.workspace if buffer.name == "slab")
-        assert slab.shape == (problem.tokens * backward.slab,)
+        rows, width = slab.shape
+        assert rows == problem.tokens
+        assert backward.slab <= width < backward.slab + 16
+        assert engine == "torch" or width % 16 == 0  # every row starts where a tensor descriptor may
         assert slab.dtype == (problem.dtype if engine == "triton" else torch.float32)
         assert backward.slab == problem.vocab or backward.slab % backward.tile.n == 0
         assert 0 < backward.slab <= problem.vocab
@@ -313,9 +318,10 @@ def test_the_least_memory_is_named_and_is_enough(engine: str, problem: Callable[
 def test_the_least_memory_of_the_backward_pass_is_named_and_is_enough(engine: str) -> None:
     def backward(memory: int) -> Plan:
         forward = plan_forward(linear(), replace(PLAIN, reduction="none"), CPU, engine=engine, memory=memory)
-        return plan_backward(forward, ["x"])  # an error of too little memory comes from the forward plan already
+        return plan_backward(forward, ["x", "weight"])  # the error of too little memory is the forward plan's
 
-    least = TOKENS * HIDDEN * 4 + TOKENS * INTERPRETED.n * 4  # grad_rows, and a slab of one tile, in float32
+    valid_x = TOKENS * math.ceil(HIDDEN / 16) * 16 * 4 if engine == "triton" else 0
+    least = TOKENS * HIDDEN * 4 + valid_x + TOKENS * INTERPRETED.n * 4  # grad_rows, and a slab of one tile
     plan = backward(least)
     assert (nbytes(plan.workspace), plan.slab) == (least, plan.tile.n)
     with pytest.raises(ValueError, match=f"^memory={least - 1} bytes are too few: this call needs at least {least}$"):

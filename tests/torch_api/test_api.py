@@ -403,7 +403,7 @@ def test_check_labels_changes_no_bit(device: torch.device, loss_fn: Loss) -> Non
 
 
 def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, int, int]:
-    """Arguments whose vocab spans four slabs of the least size; the bytes of one slab, and of ``grad_rows``."""
+    """Arguments whose vocab spans four slabs of the least size; the bytes of one slab, and of the rest."""
     arguments = {name: t.detach() for name, t in random_arguments(fused_linear_cross_entropy, device).items()}
     tokens = arguments["target"].numel()
     forward = plan_forward(
@@ -427,9 +427,10 @@ def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, i
     arguments |= {name: leaf.to(device, dtype).requires_grad_() for name, leaf in leaves.items()}
     del arguments["ce_weight"]
 
-    (rows,) = (b for b in plan_backward(forward, ["x"]).workspace if b.name == "grad_rows")
-    (slab,) = (b for b in plan_backward(forward, ["x"]).workspace if b.name == "slab")
-    return arguments, tokens * forward.tile.n * slab.dtype.itemsize, rows.nbytes
+    workspace = plan_backward(forward, ["x", "weight"]).workspace
+    (slab,) = (buffer for buffer in workspace if buffer.name == "slab")
+    rest = sum(buffer.nbytes for buffer in workspace) - slab.nbytes
+    return arguments, tokens * forward.tile.n * slab.dtype.itemsize, rest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -437,9 +438,9 @@ def test_memory_does_not_change_the_result(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     launches = record_launches(monkeypatch)
-    arguments, slab, rows = slab_problem(device, dtype)
+    arguments, slab, rest = slab_problem(device, dtype)
     results = []
-    for memory in ("speed", "auto", "lean", rows + slab, rows + 2 * slab, rows + 3 * slab):
+    for memory in ("speed", "auto", "lean", rest + slab, rest + 2 * slab, rest + 3 * slab):
         loss = fused_linear_cross_entropy(**arguments, label_smoothing=0.1, memory=memory)
         results.append({"loss": loss} | gradients(loss, arguments))
     backward = [plan for plan in launches if plan.backward]
@@ -463,9 +464,9 @@ def test_too_little_memory_raises(device: torch.device, memory: int) -> None:
 
 
 def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) -> None:
-    arguments, slab, rows = slab_problem(device, torch.float32)
-    memory = rows + slab - 1
-    message = f"memory={memory} bytes are too few: this call needs at least {rows + slab}"
+    arguments, slab, rest = slab_problem(device, torch.float32)
+    memory = rest + slab - 1
+    message = f"memory={memory} bytes are too few: this call needs at least {rest + slab}"
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(**arguments, memory=memory).backward()
 
