@@ -31,6 +31,8 @@ class Step:
     grad_weight: Tensor
 
 
+METRICS = {"return_token_accuracy": True, "return_predicted_tokens": True}
+
 # A contender prepares a problem, and answers with a function that runs one step and returns (loss, dx, dw).
 Prepare = Callable[[Problem], Callable[[], tuple]]
 
@@ -50,17 +52,35 @@ def torch_step(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepare:
     return prepare
 
 
+def torch_evaluation(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepare:
+    def prepare(problem: Problem) -> Callable[[], tuple]:
+        @torch.no_grad()
+        def step() -> tuple:
+            return (loss_fn(problem.x, problem.weight, problem.labels),)
+
+        return step
+
+    return prepare
+
+
 def upcast_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The usual loss of a language model: full logits, upcast to float32."""
     return F.cross_entropy((x @ weight.T).float(), labels)
 
 
-def twinhead(**options) -> Prepare:
+def upcast_loss_and_metrics(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The same with predictions and accuracy, from the logits at hand."""
+    logits = (x @ weight.T).float()
+    _accuracy = (logits.argmax(-1) == labels).float().mean()
+    return F.cross_entropy(logits, labels)
+
+
+def twinhead(**options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         out = torch_api.fused_linear_cross_entropy(x, weight, labels, **options)
         return out if isinstance(out, Tensor) else out.loss
 
-    return torch_step(loss)
+    return loss
 
 
 def twinhead_jax(**options) -> Prepare:
@@ -103,13 +123,12 @@ def _jax_step(problem: Problem, loss: Callable) -> Callable[[], tuple]:
     return run
 
 
-def contenders() -> dict[str, Prepare]:
-    metrics = {"return_token_accuracy": True, "return_predicted_tokens": True}
+def training_contenders() -> dict[str, Prepare]:
     found = {
-        "twinhead torch": twinhead(),
-        "twinhead torch, metrics": twinhead(**metrics),
-        "twinhead torch, speed": twinhead(memory="speed"),
-        "twinhead torch, lean": twinhead(memory="lean"),
+        "twinhead torch": torch_step(twinhead()),
+        "twinhead torch, metrics": torch_step(twinhead(**METRICS)),
+        "twinhead torch, speed": torch_step(twinhead(memory="speed")),
+        "twinhead torch, lean": torch_step(twinhead(memory="lean")),
         "torch eager": torch_step(upcast_loss),
         "torch compile": torch_step(torch.compile(upcast_loss)),
     }
@@ -122,3 +141,11 @@ def contenders() -> dict[str, Prepare]:
         found["twinhead jax"] = twinhead_jax()
         found["jax, full logits"] = full_logits_jax
     return found
+
+
+def evaluation_contenders() -> dict[str, Prepare]:
+    return {
+        "evaluation: twinhead torch": torch_evaluation(twinhead()),
+        "evaluation: twinhead torch, metrics": torch_evaluation(twinhead(**METRICS)),
+        "evaluation: torch eager, metrics": torch_evaluation(upcast_loss_and_metrics),
+    }

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import random
 import subprocess
 import time
 from importlib import metadata
@@ -16,7 +17,7 @@ from statistics import median
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import torch
-from contenders import Problem, Step, contenders
+from contenders import Problem, Step, evaluation_contenders, training_contenders
 from shapes import SHAPES
 from tabulate import tabulate
 from torch import Tensor
@@ -70,6 +71,12 @@ def floor(problem: Problem):
     return run
 
 
+def projection(problem: Problem):
+    """The one product of an evaluation."""
+    out = torch.empty(problem.x.shape[0], problem.weight.shape[0], device="cuda", dtype=problem.x.dtype)
+    return lambda: torch.mm(problem.x, problem.weight.T, out=out)
+
+
 def seconds(step) -> float:
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -95,49 +102,70 @@ def relative_error(value, expected: Tensor) -> float:
     return float((value - expected).norm() / expected.norm())
 
 
-def measure(name: str, rounds: int) -> dict:
+def measure(name: str, rounds: int) -> dict[str, dict]:
+    """The rows of one shape: training steps over the floor, evaluations over one projection."""
     problem = make_problem(*SHAPES[name])
     expected = reference(problem)
-    rows: dict[str, dict] = {}
-    steps = {}
-    for label, prepare in contenders().items():
-        print(f"{name}: checking {label}", flush=True)
-        try:
-            step = prepare(problem)
-            loss, grad_x, grad_weight = step()
-            row = {
-                "loss_error": abs(float(loss) - expected.loss) / expected.loss,
-                "dx_error": relative_error(grad_x, expected.grad_x),
-                "dw_error": relative_error(grad_weight, expected.grad_weight),
-            }
-            del loss, grad_x, grad_weight
-            if max(row.values()) > 0.02:
-                raise AssertionError(f"wrong results: {row}")
-            if "jax" not in label:  # torch's allocator does not see XLA's memory
-                row["extra_mib"] = extra_memory(step)
-        except Exception as error:  # a contender that fails is reported as such, and the others go on
-            print(f"{name}: {label} failed: {error!r:.300}", flush=True)
-            rows[label] = {"failed": f"{error!r:.300}"}
-            continue
-        rows[label], steps[label] = row, step
+    training = checked(problem, expected, training_contenders())
+    evaluation = checked(problem, expected, evaluation_contenders())
     del expected
     gc.collect()
     torch.cuda.empty_cache()
 
-    steps["floor"], rows["floor"] = floor(problem), {}
+    training |= {"floor": (floor(problem), {})}
+    evaluation |= {"one projection": (projection(problem), {})}
+    rows = {}
+    for contenders, base in ((training, "floor"), (evaluation, "one projection")):
+        times = take_turns({label: step for label, (step, _) in contenders.items() if step}, rounds)
+        for label, (_, row) in contenders.items():
+            if label in times:
+                row |= {"ms": median(times[label]), "ms_min": min(times[label]), "ms_max": max(times[label])}
+                row["over_floor"] = row["ms"] / median(times[base])
+            rows[label] = row
+    tokens, hidden, vocab = SHAPES[name]
+    rows["floor"]["tflops"] = 6e-9 * tokens * hidden * vocab / rows["floor"]["ms"]
+    return rows
+
+
+def checked(problem: Problem, expected: Step, contenders: dict) -> dict[str, tuple]:
+    """Each contender's step and its first figures. One that fails is reported as such, and the others go on."""
+    steps: dict[str, tuple] = {}
+    for label, prepare in contenders.items():
+        try:
+            step = prepare(problem)
+            row = errors(step(), expected)
+            if max(row.values()) > 0.02:
+                raise AssertionError(f"wrong results: {row}")
+            if "jax" not in label:  # torch's allocator does not see XLA's memory
+                row["extra_mib"] = extra_memory(step)
+            steps[label] = step, row
+        except Exception as error:
+            steps[label] = None, {"failed": f"{error!r:.300}"}
+            print(f"{label} failed: {error!r:.300}", flush=True)
+    return steps
+
+
+def errors(results: tuple, expected: Step) -> dict[str, float]:
+    """Relative errors of (loss,) or of (loss, dx, dw)."""
+    found = {"loss_error": abs(float(results[0]) - expected.loss) / expected.loss}
+    if len(results) == 3:
+        found["dx_error"] = relative_error(results[1], expected.grad_x)
+        found["dw_error"] = relative_error(results[2], expected.grad_weight)
+    return found
+
+
+def take_turns(steps: dict, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each step, in rounds of shuffled order: what ran before, and the card's heat, favour nobody."""
+    order = list(steps)
+    shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {label: [] for label in steps}
     for turn in range(rounds + 2):  # the first two warm the card up
-        for label, step in steps.items():
-            elapsed = seconds(step)
+        shuffle(order)
+        for label in order:
+            elapsed = seconds(steps[label])
             if turn >= 2:
-                times[label].append(elapsed)
-    for label, samples in times.items():
-        rows[label] |= {"ms": 1e3 * median(samples), "ms_min": 1e3 * min(samples), "ms_max": 1e3 * max(samples)}
-    for label in steps:
-        rows[label]["over_floor"] = rows[label]["ms"] / rows["floor"]["ms"]
-    tokens, hidden, vocab = SHAPES[name]
-    rows["floor"]["tflops"] = 6e-12 * tokens * hidden * vocab / (rows["floor"]["ms"] / 1e3)
-    return rows
+                times[label].append(1e3 * elapsed)
+    return times
 
 
 def versions() -> dict[str, str]:
@@ -164,7 +192,7 @@ def main() -> None:
         "versions": versions(),
         "commit": commit,
         "dtype": "bfloat16",
-        "step": "forward + backward",
+        "step": "forward + backward; evaluations: forward alone",
         "shapes": {},
     }
     for name in arguments.shapes:
