@@ -118,6 +118,7 @@ def save_curves(runs: list[Run], uniform: float, unigram: float, path: Path) -> 
     for axes in (loss_axes, accuracy_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

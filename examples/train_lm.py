@@ -1,6 +1,6 @@
 """Train one small language model on Python's standard library, in PyTorch, in JAX, or in both, and compare the two.
 
-    python examples/train_lm.py                     # both frontends, a few minutes on two CPU cores
+    python examples/train_lm.py                     # both frontends, a minute or two on two CPU cores
     python examples/train_lm.py --frontend torch    # needs no JAX
 
 Both start from the same weights, see the same batches and use the same float32 optimizer. Their loss and token

@@ -63,6 +63,6 @@ def test_fused_linear_with_a_slab_of_more_than_32_bits(layout: str) -> None:
     z = x.detach().float() @ weight.detach().float().T[:, column]
     lse = out.loss.detach() + (x.detach().float() * weight.detach().float()[labels.clamp(min=0)]).sum(1)
     valid = labels >= 0
-    p = (z - lse[:, None]).exp() - (labels[:, None] == torch.arange(VOCAB, device="cuda")[column])
+    p = (z - lse[:, None]).exp() - (labels[:, None] == torch.arange(VOCAB, device="cuda")[column]).float()
     grad_weight = (p * (upstream * valid)[:, None]).T @ x.detach().float()
     assert (weight.grad[column].float() - grad_weight).norm() < 2**-7 * grad_weight.norm()
