@@ -8,7 +8,7 @@ import triton.language as tl
 
 from core_kernels.kernels.logits import (
     NO_COLUMN,
-    block_argmax,
+    argmax_minding_nan,
     final_logits,
     finite_or_zero,
     gradient_coefficients,
@@ -18,6 +18,15 @@ from core_kernels.kernels.logits import (
     round_to,
 )
 from core_kernels.kernels.tokens import store_token
+
+
+@triton.jit
+def load_logits(
+    row, column, mask, stride_v, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """A block of a row's final logits; -inf where masked."""
+    z = tl.load(row + column.to(tl.int64) * stride_v, mask=mask, other=0.0).to(tl.float32)
+    return final_logits(z, mask, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -32,26 +41,28 @@ def cross_entropy_forward(
     """Grid (N,). ``logits`` (N, V) with any strides; the rest (N,), (V,) or scalars. A row's loss and statistics."""
     token = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + token)
+    ARGMAX: tl.constexpr = ACCURACY or PREDICTED
     row_max = tl.full([], float("-inf"), tl.float32)
-    row_sum = tl.full([], 0.0, tl.float32)
     target_logit = tl.full([], 0.0, tl.float32)
     smooth_base = tl.full([], 0.0, tl.float32)
-    smooth_sum = tl.full([], 0.0, tl.float32)
-    top = tl.full([], float("-inf"), tl.float32)
     argmax = tl.full([], NO_COLUMN, tl.int32)
+    # Kept for each lane and reduced once at the end: a reduction per block would cost more than the block's bytes.
+    sums = tl.zeros([BLOCK], tl.float32)
+    smooth_sums = tl.zeros([BLOCK], tl.float32)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_start = tl.zeros([BLOCK], tl.int32)
+    lane = tl.arange(0, BLOCK)
+    row = logits + token * stride_n
     if is_valid(label, ignore_index, V):
-        row = logits + token * stride_n
         raw = tl.load(row + label.to(tl.int64) * stride_v).to(tl.float32)
         target_logit = final_logits(raw, True, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+            column = start + lane
             in_vocab = column < V
-            z = tl.load(row + column.to(tl.int64) * stride_v, mask=in_vocab, other=0.0).to(tl.float32)
-            z = final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-            block_top, block_column = block_argmax(z, column, 0)
-            new_max = tl.maximum(row_max, block_top)
+            z = load_logits(row, column, in_vocab, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+            new_max = tl.maximum(row_max, tl.max(z, 0))
             base = finite_or_zero(new_max)
-            row_sum = row_sum * tl.exp(row_max - base) + tl.sum(tl.exp(z - base), 0)
+            sums = sums * tl.exp(row_max - base) + tl.exp(z - base)
             row_max = new_max
             if SMOOTHING:
                 if start == 0:
@@ -59,12 +70,26 @@ def cross_entropy_forward(
                 w = tl.where(in_vocab, 1.0, 0.0)
                 if CLASS_WEIGHT:
                     w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
-                smooth_sum += tl.sum(tl.where(in_vocab, w * (z - smooth_base), 0.0), 0)
-            if ACCURACY or PREDICTED:
+                smooth_sums += tl.where(in_vocab, w * (z - smooth_base), 0.0)
+            if ARGMAX:
+                larger = z > best
+                best = tl.where(larger, z, best)
+                best_start = tl.where(larger, start, best_start)
+    row_sum = tl.sum(sums, 0)
+    if ARGMAX:
+        argmax = tl.min(tl.where(best == tl.max(best, 0), best_start + lane, NO_COLUMN), 0)
+        if row_sum != row_sum:  # NaN or inf in the row: look again
+            top = tl.full([], float("-inf"), tl.float32)
+            argmax = tl.full([], NO_COLUMN, tl.int32)
+            for start in range(0, V, BLOCK):
+                column = start + lane
+                in_vocab = column < V
+                z = load_logits(row, column, in_vocab, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+                block_top, block_column = argmax_minding_nan(z, column, 0)
                 argmax = merge_argmax(top, argmax, block_top, block_column)
-                top = row_max
+                top = tl.maximum(top, block_top)
     store_token(
-        token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, smooth_sum, argmax,
+        token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, tl.sum(smooth_sums, 0), argmax,
         class_weight, class_weight_sum,
         loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
         V, ignore_index, smoothing, lse_square_scale,
@@ -98,8 +123,7 @@ def cross_entropy_backward(
         column = start + tl.arange(0, BLOCK)
         in_vocab = column < V
         readable = column < tl.where(valid, V, 0)
-        z = tl.load(row + column.to(tl.int64) * stride_v, mask=readable, other=0.0).to(tl.float32)
-        z = final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z = load_logits(row, column, readable, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         g = logits_gradient(
             z, column, in_vocab, label, row_max, log_sum, soft, target, uniform,
             class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from core_kernels.kernels.logits import (
     NO_COLUMN,
-    block_argmax,
     final_logits,
     finite_or_zero,
     gradient_coefficients,
@@ -18,6 +17,7 @@ from core_kernels.kernels.logits import (
     merge_argmax,
     multiply_add,
     round_to,
+    tile_statistics,
 )
 from core_kernels.kernels.tokens import store_token
 
@@ -98,14 +98,14 @@ def strip_statistics(
             BIAS, EVEN_K, M, N, K,
         )  # fmt: skip
         z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-        block_top, block_column = block_argmax(z, column[None, :], 1)
+        top, top_column, base, total = tile_statistics(z, column, row_max, ARGMAX)
         if ARGMAX:
-            argmax = merge_argmax(row_max, argmax, block_top, block_column)
-        new_max = tl.maximum(row_max, block_top)
-        base = finite_or_zero(new_max)
-        row_sum = row_sum * tl.exp(row_max - base) + tl.sum(tl.exp(z - base[:, None]), 1)
-        row_max = new_max
-        target += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
+            argmax = merge_argmax(row_max, argmax, top, top_column)
+        row_sum = row_sum * tl.exp(row_max - base) + total
+        row_max = tl.maximum(row_max, top)
+        here = (label >= vocab_tile * N) & (label < (vocab_tile + 1) * N)
+        if tl.max(here.to(tl.int32), 0) > 0:  # most tiles hold no token's label
+            target += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
         if SMOOTHING:
             w = tl.where(in_vocab, 1.0, 0.0)
             if CLASS_WEIGHT:
@@ -119,8 +119,8 @@ def strip_statistics(
         tl.store(strip_smooth + at, smooth, mask=inside)
     if ARGMAX:
         tl.store(strip_argmax + at, argmax, mask=inside)
-    here = (label >= strip * per_strip * N) & (label < (strip + 1) * per_strip * N)
-    tl.store(target_logit + rank, target, mask=inside & here)
+    in_strip = (label >= strip * per_strip * N) & (label < (strip + 1) * per_strip * N)
+    tl.store(target_logit + rank, target, mask=inside & in_strip)
 
 
 @triton.jit

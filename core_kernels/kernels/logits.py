@@ -69,12 +69,31 @@ def finite_or_zero(row_max):
 
 
 @triton.jit
-def block_argmax(z, columns, AXIS: tl.constexpr):
-    """The maximum that is not NaN, and its lowest column; a NaN's column is offset to below 0, so that it wins."""
+def argmax_minding_nan(z, columns, AXIS: tl.constexpr):
+    """The maximum that is not NaN, and the argmax; a NaN's column is offset to below 0, so that it wins."""
     is_nan = z != z
     top = tl.max(tl.where(is_nan, float("-inf"), z), AXIS)
-    at_top = z == (tl.expand_dims(top, AXIS) if AXIS == 1 else top)
+    at_top = z == (top[:, None] if AXIS == 1 else top)
     return top, tl.min(tl.where(is_nan, columns + NAN_COLUMN, tl.where(at_top, columns, NO_COLUMN)), AXIS)
+
+
+@triton.jit
+def tile_statistics(z, columns, row_max, ARGMAX: tl.constexpr):
+    """Of each row of a tile of final logits: the maximum, its column, a base that is safe to subtract (the maximum of
+    it and ``row_max``), and the sum of exponentials relative to that base.
+
+    NaN and inf make the sum NaN; only then is the argmax taken again, minding NaN.
+    """
+    top = tl.max(z, 1)
+    base = finite_or_zero(tl.maximum(row_max, top))
+    total = tl.sum(tl.exp(z - base[:, None]), 1)
+    column = tl.full(top.shape, NO_COLUMN, tl.int32)
+    if ARGMAX:
+        column = tl.min(tl.where(z == top[:, None], columns[None, :], NO_COLUMN), 1)
+    if tl.max((total != total).to(tl.int32), 0) > 0:
+        top, column = argmax_minding_nan(z, columns[None, :], 1)
+        base = finite_or_zero(tl.maximum(row_max, top))
+    return top, column, base, total
 
 
 @triton.jit
@@ -86,7 +105,7 @@ def merge_argmax(top, column, next_top, next_column):
 
 @triton.jit
 def argmax_column(column):
-    """The column that ``block_argmax`` encoded."""
+    """The column that ``argmax_minding_nan`` encoded."""
     return tl.where(column < 0, column - NAN_COLUMN, column)
 
 
