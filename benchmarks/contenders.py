@@ -83,6 +83,13 @@ def twinhead(**options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return loss
 
 
+def liger(problem: Problem) -> Callable[[], tuple]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return torch_step(lambda x, weight, labels: loss(weight, x, labels))(problem)
+
+
 def twinhead_jax(**options) -> Prepare:
     def prepare(problem: Problem) -> Callable[[], tuple]:
         import jax_api
@@ -133,10 +140,7 @@ def training_contenders() -> dict[str, Prepare]:
         "torch compile": torch_step(torch.compile(upcast_loss)),
     }
     if importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        liger = LigerFusedLinearCrossEntropyLoss()
-        found["liger"] = torch_step(lambda x, weight, labels: liger(weight, x, labels))
+        found["liger"] = liger
     if importlib.util.find_spec("jax") and importlib.util.find_spec("optax"):
         found["twinhead jax"] = twinhead_jax()
         found["jax, full logits"] = full_logits_jax

@@ -1,13 +1,13 @@
 """The core's entry point: run a plan over tensors that the caller provides.
 
-Nothing here allocates on a GPU, waits for it, or raises on data: buffers go in, and come back filled.
+Nothing here waits for a GPU or raises on data, and the kernels allocate nothing (plain torch operations, asked for by
+``engine="torch"``, have temporaries): buffers go in, and come back filled.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,11 +28,21 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         for buffer in plan.outputs:
             tensors[buffer.name].zero_()
         return
-    # Imported when first used: the Triton engine needs Triton, which not every machine has.
-    engine: Any = importlib.import_module(f"core_kernels.{plan.engine}_engine")
+    engine = _engine(plan.engine)
     with torch.no_grad(), engine.guard(tensors["labels"].device):
         if plan.problem.hidden is None:
             step = engine.cross_entropy_backward if plan.backward else engine.cross_entropy_forward
         else:
             step = engine.linear_backward if plan.backward else engine.linear_forward
         step(plan, tensors)
+
+
+def _engine(name: str) -> ModuleType:
+    """Imported when first used: the Triton engine needs Triton, which not every machine has."""
+    if name == "torch":
+        from core_kernels import torch_engine
+
+        return torch_engine
+    from core_kernels import triton_engine
+
+    return triton_engine

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 
+FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # the kernels compute in float32
 REDUCTIONS = ("none", "mean", "sum")
 FLAGS = ("use_token_scaling", "return_z_loss", "return_token_accuracy", "return_predicted_tokens", "check_labels")
 
@@ -58,9 +59,14 @@ class Options:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name} must be a Python number, got {value!r}")
-        if not (math.isfinite(value) and allowed(float(value))):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        in_float32 = number == 0.0 or FLOAT32_TINY <= abs(number) <= FLOAT32_MAX
+        if not (in_float32 and allowed(number)):
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
-        self._set(name, float(value))
+        self._set(name, number)
 
     def _set(self, name: str, value: int | float) -> None:
         object.__setattr__(self, name, value)

@@ -45,6 +45,7 @@ class Plan:
     problem: Problem
     options: Options
     engine: str
+    device_type: str
     memory: str | int
     tile: Tile
     inputs: tuple[str, ...]
@@ -112,6 +113,7 @@ def plan_forward(
         problem=problem,
         options=options,
         engine=engine,
+        device_type=device.type,
         memory=memory,
         tile=tile,
         inputs=_inputs(problem),

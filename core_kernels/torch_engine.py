@@ -1,7 +1,8 @@
 """Runs plans with plain torch operations, for machines without a GPU: the same slices, no Triton.
 
-Every function works on one slab of float32 logits at a time, in the plan's workspace; its other temporaries are no
-larger. Rows of tokens that are not valid are zeroed on the way in, so that nothing in them reaches a sum.
+Every function works on one slab of float32 logits at a time, in the plan's workspace; beside it torch allocates
+temporaries: a float32 copy of ``x``, and up to three of the slab's size where options ask for them. Rows of tokens that
+are not valid are zeroed on the way in, so that nothing in them reaches a sum.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Tensors = Mapping[str, Tensor]
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Torch operations need no guard; the Triton engine does."""
-    return contextlib.nullcontext()
+    """Under a caller's autocast too, products are float32."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
@@ -170,16 +171,18 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
     if rows.smooth is not None:
         spread = ((rows.maximum - rows.base) + log_sum) * rows.weight - rows.smooth
         loss = (1.0 - options.label_smoothing) * loss + options.label_smoothing / plan.problem.vocab * spread
-    z_loss = options.lse_square_scale * (rows.maximum + log_sum).square()
+    lse = rows.maximum + log_sum
+    z_loss = (options.lse_square_scale * lse) * lse  # in this order 0 times a large lse is 0, not 0 times inf
     if options.use_token_scaling:
         scale = t["token_scale"].copy_((-nll).exp())
         loss, z_loss = loss * scale, z_loss * scale
-    missing = torch.where(t["labels"].long() == options.ignore_index, 0.0, float("nan"))
+    ignored = t["labels"].long() == options.ignore_index
+    missing = torch.zeros_like(nll).masked_fill_(~ignored, float("nan"))
     loss = torch.where(valid, loss, missing)
     z_loss = torch.where(valid, z_loss, missing)
 
     count = valid.sum()
-    by_weight = by_count = torch.ones((), device=valid.device)
+    by_weight = by_count = torch.ones((), dtype=torch.float32, device=valid.device)
     if options.reduction == "mean":
         by_weight = _reciprocal_or_zero(torch.where(valid, token_weight, 0.0).sum())
         by_count = _reciprocal_or_zero(count.float())
@@ -241,7 +244,7 @@ def _logits_gradient(
         rest = p * soft[:, None]
     here = (labels >= first) & (labels < first + columns)
     index = (labels - first).clamp(0, columns - 1)
-    g = p.scatter_add_(1, index[:, None], torch.where(here, -1.0, 0.0)[:, None]).mul_(target[:, None])
+    g = p.scatter_add_(1, index[:, None], -here.to(p.dtype)[:, None]).mul_(target[:, None])
     if rest is not None:
         g.add_(rest)
     if slope is not None:

@@ -36,7 +36,7 @@ class PlanCallback:
 
     def __call__(self, context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
         names = (*self.plan.inputs, *(buffer.name for buffer in self.plan.buffers))
-        with _xla_stream(context, inputs[0]):
+        with _xla_stream(context, inputs[0], self.plan):
             tensors = {
                 name: torch.from_dlpack(buffer) for name, buffer in zip(names, (*inputs, *outputs), strict=True)
             }
@@ -85,9 +85,14 @@ def torch_device(arrays: Sequence[jax.Array]) -> torch.device:
 
 
 @contextlib.contextmanager
-def _xla_stream(context: Any, buffer: Any) -> Iterator[None]:
+def _xla_stream(context: Any, buffer: Any, plan: Plan) -> Iterator[None]:
     """Torch's, hence Triton's, work goes to XLA's stream: ``Buffer.__dlpack__`` synchronises with no other."""
     kind, index = buffer.__dlpack_device__()
+    if (plan.device_type == "cpu") != (int(kind) == _CPU):
+        raise RuntimeError(
+            f"twinhead traced this call for {plan.device_type}, JAX's default device, but its arrays are elsewhere: "
+            "trace it under jax.default_device(...) of the device that holds them"
+        )
     if int(kind) == _CPU:
         with _ieee_denormals():
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -208,9 +209,10 @@ def fused_linear_ce(
         check_labels=check_labels,
     )
     transposed = frozenset({"weight"} if weight_layout == "hv" else ())
+    x_argument = _argument("x", x)
     problem = core.linear_problem(
-        _argument("x", x),
-        _argument("weight", weight, weight_layout == "hv"),
+        x_argument,
+        _hv_argument("weight", weight, x_argument) if transposed else _argument("weight", weight),
         _argument("labels", labels),
         _optional_argument("bias", bias),
         _optional_argument("ce_weight", ce_weight),
@@ -219,15 +221,20 @@ def fused_linear_ce(
     return _run(problem, options, inputs, where, engine, memory, transposed)
 
 
-def _argument(name: str, array: jax.Array, transposed: bool = False) -> core.Argument:
-    if not isinstance(array, (jax.Array, np.ndarray)):
-        raise TypeError(f"{name} must be a JAX array, got {type(array).__name__}")
-    shape = tuple(array.shape)
-    if transposed:
-        if len(shape) != 2:
-            raise ValueError(f"{name} must have shape (H, V) with weight_layout='hv', got {shape}")
-        shape = shape[::-1]
-    return core.Argument(name, shape, bridge.torch_dtype(array.dtype))
+def _argument(name: str, array: jax.Array) -> core.Argument:
+    if not isinstance(array, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}")
+    return core.Argument(name, tuple(array.shape), bridge.torch_dtype(array.dtype))
+
+
+def _hv_argument(name: str, array: jax.Array, x: core.Argument) -> core.Argument:
+    """A weight kept as ``(H, V)``, as the core sees it: ``(V, H)``. Its shape is checked here, as it was written."""
+    argument = _argument(name, array)
+    shape = argument.shape
+    hidden = x.shape[-1] if x.shape else "H"
+    if len(shape) != 2 or hidden not in ("H", shape[0]) or 0 in shape:
+        raise ValueError(f"{name} must have shape ({hidden}, V) with weight_layout='hv', got {shape}")
+    return replace(argument, shape=shape[::-1])
 
 
 def _optional_argument(name: str, array: jax.Array | None) -> core.Argument | None:
@@ -243,7 +250,7 @@ def _run(
     memory: str | int,
     transposed: frozenset[str],
 ) -> jax.Array | CrossEntropyOutput:
-    _check_narrowing(inputs["labels"], problem.vocab, options)
+    _check_narrowing(inputs["labels"], where, problem.vocab, options)
     arrays = {name: jnp.asarray(array) for name, array in inputs.items() if array is not None}
     if where is not None:
         arrays["labels"] = _mask(arrays["labels"], where, options.ignore_index)
@@ -280,10 +287,13 @@ def _mask(labels: jax.Array, where: jax.Array, ignore_index: int) -> jax.Array:
     return jnp.where(where, labels, ignore_index)
 
 
-def _check_narrowing(labels: Any, vocab: int, options: core.Options) -> None:
+def _check_narrowing(labels: Any, where: Any, vocab: int, options: core.Options) -> None:
     """With x64 off JAX wraps NumPy's int64 to 32 bits, and so could make a class of a bad label."""
-    if not isinstance(labels, np.ndarray):
+    if not isinstance(labels, (np.ndarray, np.generic)):
         return
+    if where is not None and not isinstance(where, jax.core.Tracer) and np.shape(where) == labels.shape:
+        labels = np.where(where, labels, 0)
+    labels = np.asarray(labels)
     if np.array_equal(labels.astype(jax.dtypes.canonicalize_dtype(labels.dtype)), labels):
         return
     core.check_labels(torch.from_numpy(labels), vocab, options.ignore_index, "labels")

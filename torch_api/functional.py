@@ -137,7 +137,8 @@ def fused_linear_cross_entropy(
     one projection.
 
     Args:
-        input: hidden states ``(..., H)``, float32, bfloat16 or float16, with any strides.
+        input: hidden states ``(..., H)``, float32, bfloat16 or float16, with any strides. Under ``torch.autocast`` it
+            is cast to autocast's dtype, and ``weight`` and ``bias`` with it.
         weight: the head's weight ``(V, H)``, of the same dtype, with any strides.
         target: class indices ``(...)``, int32 or int64.
         bias: ``(V,)``, of the same dtype.
@@ -193,6 +194,11 @@ def fused_linear_cross_entropy(
         return_predicted_tokens=return_predicted_tokens,
         check_labels=check_labels,
     )
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(input.device.type):
+        # As autocast casts the operands of a linear layer; gradients come back in the tensors' own dtypes.
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
     problem = core.linear_problem(
         _argument("input", input),
         _argument("weight", weight),
@@ -215,6 +221,7 @@ def _optional_argument(name: str, tensor: Tensor | None) -> core.Argument | None
     return None if tensor is None else _argument(name, tensor)
 
 
+@torch.compiler.disable  # a graph break: traced through, plain operations would round differently from eager
 def _run(plan: core.Plan, inputs: dict[str, Tensor | None]) -> Tensor | CrossEntropyOutput:
     labels = inputs["labels"]
     assert labels is not None

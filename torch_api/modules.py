@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+import core_kernels as core
 from torch_api.functional import cross_entropy, fused_linear_cross_entropy
 from torch_api.output import CrossEntropyOutput
 
 
-class CrossEntropyLoss(nn.Module):
+class _Loss(nn.Module):
+    """A loss whose options are attributes, validated when it is made."""
+
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in core.OPTION_NAMES if hasattr(self, name)}
+
+    def extra_repr(self) -> str:
+        defaults = core.Options()
+        chosen = {name: value for name, value in self._options().items() if value != getattr(defaults, name)}
+        return ", ".join(f"{name}={value!r}" for name, value in chosen.items())
+
+
+class CrossEntropyLoss(_Loss):
     """:func:`cross_entropy` with its options fixed; called as ``(input, target)``.
 
     Example:
@@ -50,27 +65,14 @@ class CrossEntropyLoss(nn.Module):
         self.logit_scale = logit_scale
         self.engine = engine
         self.check_labels = check_labels
+        core.Options(**self._options())  # raises on what makes no sense
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        return cross_entropy(
-            input,
-            target,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            lse_square_scale=self.lse_square_scale,
-            softcap=self.softcap,
-            return_z_loss=self.return_z_loss,
-            return_token_accuracy=self.return_token_accuracy,
-            return_predicted_tokens=self.return_predicted_tokens,
-            logit_scale=self.logit_scale,
-            engine=self.engine,
-            check_labels=self.check_labels,
-        )
+        return cross_entropy(input, target, weight=self.weight, engine=self.engine, **self._options())
 
 
-class FusedLinearCrossEntropyLoss(nn.Module):
+
+class FusedLinearCrossEntropyLoss(_Loss):
     """:func:`fused_linear_cross_entropy` with its options fixed; called as ``(lin_weight, input, target, bias=None)``.
 
     Example:
@@ -118,6 +120,7 @@ class FusedLinearCrossEntropyLoss(nn.Module):
         self.memory = memory
         self.engine = engine
         self.check_labels = check_labels
+        core.Options(**self._options())  # raises on what makes no sense
 
     def forward(
         self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -128,18 +131,8 @@ class FusedLinearCrossEntropyLoss(nn.Module):
             target,
             bias=bias,
             ce_weight=self.ce_weight,
-            ignore_index=self.ignore_index,
-            lse_square_scale=self.lse_square_scale,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-            softcap=self.softcap,
-            return_z_loss=self.return_z_loss,
             accum_dtype=self.accum_dtype,
-            use_token_scaling=self.use_token_scaling,
-            return_token_accuracy=self.return_token_accuracy,
-            return_predicted_tokens=self.return_predicted_tokens,
-            logit_scale=self.logit_scale,
             memory=self.memory,
             engine=self.engine,
-            check_labels=self.check_labels,
+            **self._options(),
         )

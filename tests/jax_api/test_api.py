@@ -481,3 +481,9 @@ def test_logits_are_the_projection_with_an_identity() -> None:
     got = fused_linear_ce(logits, jnp.eye(VOCAB), problem.labels, ce_weight=problem.class_weight, **METRICS, **OPTIONS)
     want = cross_entropy(logits, problem.labels, weight=problem.class_weight, **METRICS, **OPTIONS)
     assert_close(got, want)
+
+
+def test_where_masks_a_label_of_more_than_32_bits() -> None:
+    logits = jnp.array([[1.0, 2.0, 0.5], [3.0, 1.0, 0.0]])
+    masked = cross_entropy(logits, np.array([1, 2**40]), where=jnp.array([True, False]))
+    assert masked == cross_entropy(logits[:1], jnp.array([1]))

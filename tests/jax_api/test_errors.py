@@ -85,7 +85,7 @@ def bad_options(function: Callable[..., Any]) -> list[Bad]:
         ({"engine": "cuda"}, ValueError, "engine must be one of 'auto', 'triton' and 'torch', got 'cuda'"),
         ({"engine": None}, ValueError, "engine must be one of 'auto', 'triton' and 'torch', got None"),
         ({"where": Spec((2, 3), jnp.int32)}, TypeError, "where must be boolean, got int32"),
-        ({"where": [True]}, TypeError, "where must be a JAX array, got list"),
+        ({"where": [True]}, TypeError, "where must be a JAX or NumPy array, got list"),
         (
             {"where": Spec((3,), jnp.bool_)},
             ValueError,
@@ -96,8 +96,8 @@ def bad_options(function: Callable[..., Any]) -> list[Bad]:
             ValueError,
             "ignore_index must fit in the labels' int32 when where is given, got 2147483648",
         ),
-        ({"labels": [[1, 1, 1], [1, 1, 1]]}, TypeError, "labels must be a JAX array, got list"),
-        ({"labels": 1}, TypeError, "labels must be a JAX array, got int"),
+        ({"labels": [[1, 1, 1], [1, 1, 1]]}, TypeError, "labels must be a JAX or NumPy array, got list"),
+        ({"labels": 1}, TypeError, "labels must be a JAX or NumPy array, got int"),
         *(
             ({"labels": Spec((2, 3), dtype)}, TypeError, f"labels must be int32 or int64 class indices, got {dtype}")
             for dtype in ("float32", "bool", "int16", "uint8", "uint32")
@@ -126,8 +126,8 @@ BAD_LOGITS = [
         ValueError,
         "labels must have shape (6,) to match logits of shape (6, 20), got (2, 3)",
     ),
-    bad_logits({"logits": [1.0]}, TypeError, "logits must be a JAX array, got list"),
-    bad_logits({"logits": None}, TypeError, "logits must be a JAX array, got NoneType"),
+    bad_logits({"logits": [1.0]}, TypeError, "logits must be a JAX or NumPy array, got list"),
+    bad_logits({"logits": None}, TypeError, "logits must be a JAX or NumPy array, got NoneType"),
     *(
         bad_logits(
             {"logits": Spec((2, 3, 20), dtype)},
@@ -142,14 +142,14 @@ BAD_LOGITS = [
     bad_logits(
         {"weight": Spec((20,), "float64")}, TypeError, "weight must be float32, bfloat16 or float16, got float64"
     ),
-    bad_logits({"weight": [1.0] * 20}, TypeError, "weight must be a JAX array, got list"),
+    bad_logits({"weight": [1.0] * 20}, TypeError, "weight must be a JAX or NumPy array, got list"),
 ]
 
 BAD_LINEAR = [
     bad_linear({"x": Spec(())}, ValueError, "x must have shape (..., H), got a scalar"),
-    bad_linear({"x": [[1.0]]}, TypeError, "x must be a JAX array, got list"),
-    bad_linear({"weight": 1.0}, TypeError, "weight must be a JAX array, got float"),
-    bad_linear({"weight": None}, TypeError, "weight must be a JAX array, got NoneType"),
+    bad_linear({"x": [[1.0]]}, TypeError, "x must be a JAX or NumPy array, got list"),
+    bad_linear({"weight": 1.0}, TypeError, "weight must be a JAX or NumPy array, got float"),
+    bad_linear({"weight": None}, TypeError, "weight must be a JAX or NumPy array, got NoneType"),
     *(
         bad_linear(
             {"x": Spec((2, 3, 8), dtype)},
@@ -191,14 +191,14 @@ BAD_LINEAR = [
         "bias must have the dtype of x, float32, got bfloat16: cast one of them",
     ),
     bad_linear({"bias": Spec((20,), "int32")}, TypeError, "bias must be float32, bfloat16 or float16, got int32"),
-    bad_linear({"bias": [0.0] * 20}, TypeError, "bias must be a JAX array, got list"),
+    bad_linear({"bias": [0.0] * 20}, TypeError, "bias must be a JAX or NumPy array, got list"),
     bad_linear({"bias": Spec((8,))}, ValueError, "bias must have shape (20,), got (8,)"),
     bad_linear({"bias": Spec((1, 20))}, ValueError, "bias must have shape (20,), got (1, 20)"),
     bad_linear({"ce_weight": Spec((8,))}, ValueError, "ce_weight must have shape (20,), got (8,)"),
     bad_linear(
         {"ce_weight": Spec((20,), "int32")}, TypeError, "ce_weight must be float32, bfloat16 or float16, got int32"
     ),
-    bad_linear({"ce_weight": 1.0}, TypeError, "ce_weight must be a JAX array, got float"),
+    bad_linear({"ce_weight": 1.0}, TypeError, "ce_weight must be a JAX or NumPy array, got float"),
     bad_linear({"weight": Spec((20,))}, ValueError, "weight must have shape (V, H), got (20,)"),
     bad_linear({"weight": Spec((1, 20, 8))}, ValueError, "weight must have shape (V, H), got (1, 20, 8)"),
     bad_linear(
@@ -225,7 +225,12 @@ BAD_LINEAR = [
     bad_linear(
         {"weight_layout": "hv", "weight": Spec((20,))},
         ValueError,
-        "weight must have shape (H, V) with weight_layout='hv', got (20,)",
+        "weight must have shape (8, V) with weight_layout='hv', got (20,)",
+    ),
+    bad_linear(
+        {"weight_layout": "hv", "weight": Spec((20, 8))},
+        ValueError,
+        "weight must have shape (8, V) with weight_layout='hv', got (20, 8)",
     ),
     bad_linear({"use_token_scaling": 0}, TypeError, "use_token_scaling must be True or False, got 0"),
     bad_linear({"accum_dtype": "float33"}, TypeError, "accum_dtype must be a dtype or None, got 'float33'"),

@@ -30,6 +30,7 @@ class Case:
     data: str = "random"
     layout: str = "contiguous"  # of x, weight and logits; other layouts are torch's alone, but for "transposed_weight"
     memory: str | int = "auto"
+    upstream: float = 1.7  # the cotangent of a reduced loss
 
     @property
     def reduction(self) -> str:
@@ -73,7 +74,7 @@ def make_inputs(case: Case) -> Inputs:
     leading = case.leading
     arrays = {k: v.view(*leading, v.shape[-1]) if k in ("x", "logits") else v for k, v in arrays.items()}
     arrays = {k: LAYOUTS[case.layout](k, v.to(case.dtype)) for k, v in arrays.items()}
-    upstream = normal(leading) if case.reduction == "none" else torch.tensor(1.7)
+    upstream = normal(leading) if case.reduction == "none" else torch.tensor(case.upstream)
     if case.reduction == "none" and tokens:
         upstream.view(-1)[0] = upstream.view(-1)[tokens // 2] = 0.0
     class_weight = torch.rand(case.vocab, generator=generator) + 0.5 if case.class_weight else None
@@ -151,6 +152,13 @@ def _large(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
     arrays["logits"].mul_(30.0).add_(1e4)
 
 
+def _lowest(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
+    """Rows of the lowest finite number, as masks write it, and one of a number whose square overflows."""
+    arrays["logits"][[2, 5]] = torch.finfo(torch.float32).min
+    arrays["logits"][7, 11] = 1e20
+    labels[7] = 11
+
+
 def _peaked(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
     """Hidden states that point at their label: losses of about 1e-6, and some far from it."""
     valid = labels >= 0
@@ -176,6 +184,7 @@ DATA = {
     "all_ignored": _all_ignored,
     "half_ignored": _half_ignored,
     "large": _large,
+    "lowest": _lowest,
     "peaked": _peaked,
     "same_rows": _same_rows,
 }
@@ -259,6 +268,9 @@ def _table() -> list[Case]:
         add(f"{name}_everything", logits, dtype=dtype, class_weight=True, **options(**EVERYTHING))
         add(f"{name}_peaked", linear, dtype=dtype, data="peaked")
 
+    # Gradients that fp16 holds only with a loss scale in them.
+    add("fp16_loss_scale", *both, dtype=torch.float16, leading=(53,), vocab=301, upstream=65536.0)
+
     add("ties", *both, data="ties")
     add("ties_none", *both, data="ties", **options(reduction="none"))
     add("bf16_ties", *both, data="ties", dtype=torch.bfloat16)
@@ -276,6 +288,7 @@ def _table() -> list[Case]:
     add("half_ignored", *both, data="half_ignored", class_weight=True, **options(lse_square_scale=0.01))
     add("large_logits", logits, data="large", **options(label_smoothing=0.1))
     add("large_logits_none", logits, data="large", **options(reduction="none"))
+    add("lowest", logits, data="lowest", **options(reduction="none"))
     add("peaked", linear, data="peaked")
     add("peaked_none", linear, data="peaked", **options(reduction="none", label_smoothing=0.1))
 

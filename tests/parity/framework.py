@@ -1,7 +1,8 @@
-"""What plain torch makes of a case, in the case's own dtype: the measure of how exact is exact enough.
+"""What plain torch makes of a case: the measure of how exact is exact enough.
 
-Full logits by ``F.linear``, upcast to float32 as language models do it, autograd for the gradients. Only valid tokens
-go in, so that it has an answer wherever the contract has one.
+Gradients by autograd, in the case's own dtype: full logits by ``F.linear``, upcast to float32, as language models do.
+Losses from inputs upcast to float32 before anything else, for the contract has no rounded logits. Only valid tokens go
+in, so that it has an answer wherever the contract has one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ from tests.parity.cases import Case, Inputs
 
 def run(case: Case, inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
     """Loss, z-loss and gradients by the names that ``frontends`` gives them, float64 on the CPU."""
-    options = case.options
     arrays = {k: v.detach().clone().to(device).requires_grad_() for k, v in inputs.arrays.items()}
+    loss, _ = _losses(case, inputs, arrays)
+    loss.backward(inputs.upstream.to(device).reshape(loss.shape))
+    gradients = {f"grad_{k}": v.grad for k, v in arrays.items()}
+
+    loss, z_loss = _losses(case, inputs, {k: v.detach().float() for k, v in arrays.items()})
+    return {k: v.double().cpu() for k, v in {"loss": loss, "z_loss": z_loss, **gradients}.items()}
+
+
+def _losses(case: Case, inputs: Inputs, arrays: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    options = case.options
+    device = next(iter(arrays.values())).device
     labels = inputs.labels.reshape(-1).long().to(device)
     valid = (labels != case.ignore_index) & (labels >= 0) & (labels < case.vocab)
     class_weight = torch.ones(case.vocab) if inputs.class_weight is None else inputs.class_weight
     class_weight = class_weight.to(device)
-    upstream = inputs.upstream.to(device)
 
     if case.operation == "linear":
         rows = arrays["x"].reshape(-1, case.hidden)[valid]
@@ -36,7 +46,9 @@ def run(case: Case, inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
     ce = F.cross_entropy(
         z, y, weight=class_weight, reduction="none", label_smoothing=options.get("label_smoothing", 0.0)
     )
-    z_loss = options.get("lse_square_scale", 0.0) * z.logsumexp(1).square()
+    z_loss = torch.zeros_like(ce)
+    if options.get("lse_square_scale"):
+        z_loss = options["lse_square_scale"] * z.logsumexp(1).square()
     if options.get("use_token_scaling"):
         scale = z.detach().softmax(1).gather(1, y[:, None])[:, 0]
         ce, z_loss = ce * scale, z_loss * scale
@@ -49,7 +61,4 @@ def run(case: Case, inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
         ce, z_loss = ce.sum(), z_loss.sum()
     else:
         ce, z_loss = ce.sum() / class_weight[y].sum(), z_loss.mean()
-    loss = ce + z_loss
-    loss.backward(upstream.reshape(loss.shape))
-    results = {"loss": loss, "z_loss": z_loss} | {f"grad_{k}": v.grad for k, v in arrays.items()}
-    return {k: v.detach().double().cpu() for k, v in results.items()}
+    return ce + z_loss, z_loss
