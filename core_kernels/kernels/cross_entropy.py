@@ -43,14 +43,11 @@ def cross_entropy_forward(
     label = tl.load(labels + token)
     ARGMAX: tl.constexpr = ACCURACY or PREDICTED
     row_max = tl.full([], float("-inf"), tl.float32)
+    row_sum = tl.full([], 0.0, tl.float32)
     target_logit = tl.full([], 0.0, tl.float32)
     smooth_base = tl.full([], 0.0, tl.float32)
-    argmax = tl.full([], NO_COLUMN, tl.int32)
-    # Kept for each lane and reduced once at the end: a reduction per block would cost more than the block's bytes.
-    sums = tl.zeros([BLOCK], tl.float32)
-    smooth_sums = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_start = tl.zeros([BLOCK], tl.int32)
+    smooth_sum = tl.full([], 0.0, tl.float32)
+    argmax = tl.full([], 0, tl.int32)
     lane = tl.arange(0, BLOCK)
     row = logits + token * stride_n
     if is_valid(label, ignore_index, V):
@@ -60,9 +57,13 @@ def cross_entropy_forward(
             column = start + lane
             in_vocab = column < V
             z = load_logits(row, column, in_vocab, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-            new_max = tl.maximum(row_max, tl.max(z, 0))
+            block_top = tl.max(z, 0)
+            if ARGMAX:
+                if block_top > row_max:  # few blocks raise the maximum: only they pay for finding where
+                    argmax = tl.min(tl.where(z == block_top, column, NO_COLUMN), 0)
+            new_max = tl.maximum(row_max, block_top)
             base = finite_or_zero(new_max)
-            sums = sums * tl.exp(row_max - base) + tl.exp(z - base)
+            row_sum = row_sum * tl.exp(row_max - base) + tl.sum(tl.exp(z - base), 0)
             row_max = new_max
             if SMOOTHING:
                 if start == 0:
@@ -70,14 +71,8 @@ def cross_entropy_forward(
                 w = tl.where(in_vocab, 1.0, 0.0)
                 if CLASS_WEIGHT:
                     w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
-                smooth_sums += tl.where(in_vocab, w * (z - smooth_base), 0.0)
-            if ARGMAX:
-                larger = z > best
-                best = tl.where(larger, z, best)
-                best_start = tl.where(larger, start, best_start)
-    row_sum = tl.sum(sums, 0)
+                smooth_sum += tl.sum(tl.where(in_vocab, w * (z - smooth_base), 0.0), 0)
     if ARGMAX:
-        argmax = tl.min(tl.where(best == tl.max(best, 0), best_start + lane, NO_COLUMN), 0)
         if row_sum != row_sum:  # NaN or inf in the row: look again
             top = tl.full([], float("-inf"), tl.float32)
             argmax = tl.full([], NO_COLUMN, tl.int32)
@@ -89,7 +84,7 @@ def cross_entropy_forward(
                 argmax = merge_argmax(top, argmax, block_top, block_column)
                 top = tl.maximum(top, block_top)
     store_token(
-        token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, tl.sum(smooth_sums, 0), argmax,
+        token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, smooth_sum, argmax,
         class_weight, class_weight_sum,
         loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
         V, ignore_index, smoothing, lse_square_scale,
