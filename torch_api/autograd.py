@@ -37,8 +37,7 @@ class PlannedLoss(torch.autograd.Function):
         plan = plan_backward(forward, wanted)
         named = dict(zip(plan.inputs, (*ctx.saved_tensors, grad_loss), strict=True))
         buffers = _allocate(plan, grad_loss.device)
-        with torch.no_grad():
-            launch(plan, {**_flatten(named), **buffers})
+        launch(plan, {**_flatten(named), **buffers})
         names = [output.name.removeprefix("grad_") for output in plan.outputs]
         gradients = tuple(buffers[f"grad_{name}"].view(named[name].shape) for name in names)
         if torch.is_grad_enabled():  # create_graph=True
