@@ -28,6 +28,8 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         for buffer in plan.outputs:
             tensors[buffer.name].zero_()
         return
+    if not plan.outputs:
+        return  # no gradient is wanted
     engine = _engine(plan.engine)
     with torch.no_grad(), engine.guard(tensors["labels"].device):
         if plan.problem.hidden is None:

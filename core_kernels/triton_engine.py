@@ -60,8 +60,6 @@ def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
 
 
 def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
-    if not plan.outputs:
-        return
     logits = t["logits"]
     cross_entropy.cross_entropy_backward[(plan.problem.tokens,)](
         logits,
@@ -160,7 +158,7 @@ def linear_backward(plan: Plan, t: Tensors) -> None:
             t["valid_x"].stride(0),
             BLOCK=HIDDEN_BLOCK,
         )
-    for first in range(0, vocab, plan.slab) if plan.outputs else ():
+    for first in range(0, vocab, plan.slab):
         columns = min(plan.slab, vocab - first)
         _slab_gradient(plan, t, first, columns)
         _multiply_slab(plan, t, first, columns)

@@ -14,6 +14,8 @@ from jax_api import bridge
 
 Arrays = dict[str, jax.Array]
 
+DIFFERENTIABLE = ("logits", "x", "weight", "bias")
+
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def _forward(plan: Plan, transposed: frozenset[str], inputs: Arrays) -> tuple[Ar
 
 
 def _vjp_forward(plan: Plan, transposed: frozenset[str], inputs: dict[str, Any]) -> tuple[Arrays, Any]:
-    wanted = _Wanted(tuple(name for name, array in inputs.items() if array.perturbed and name != "labels"))
+    wanted = _Wanted(tuple(name for name, array in inputs.items() if array.perturbed and name in DIFFERENTIABLE))
     values = {name: array.value for name, array in inputs.items()}
     outputs, saved = _forward(plan, transposed, values)
     return outputs, (wanted, values, saved)
@@ -46,12 +48,11 @@ def _vjp_backward(plan: Plan, transposed: frozenset[str], residuals: Any, cotang
     wanted, inputs, saved = residuals
     gradients: dict[str, jax.Array | None] = dict.fromkeys(inputs)
     grad_loss = cotangents["loss"]
-    names = tuple(name for name in wanted.names if name != "class_weight")
-    if names and not isinstance(grad_loss, SymbolicZero):
-        backward = plan_backward(plan, names)
+    if wanted.names and not isinstance(grad_loss, SymbolicZero):
+        backward = plan_backward(plan, wanted.names)
         flipped = transposed | {f"grad_{name}" for name in transposed}
         results = _run(backward, flipped, {**inputs, **saved, "grad_loss": grad_loss})
-        gradients.update({name: results[f"grad_{name}"] for name in names})
+        gradients.update({name.removeprefix("grad_"): gradient for name, gradient in results.items()})
     return (gradients,)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from core_kernels.engine import interpreting as interpreting
@@ -13,3 +16,13 @@ def on_gpu() -> bool:
 
 def suite_device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
+
+
+@contextmanager
+def waiting_raises() -> Iterator[None]:
+    """Within it, whatever makes the host wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -133,8 +133,8 @@ def fused_linear_cross_entropy(
               + \text{lse\_square\_scale} \cdot \text{lse}^2
 
     The forward pass keeps running statistics of each row of logits; the backward pass projects again, one slice of the
-    vocab at a time, and sums every gradient in float32 before rounding it once. Without gradients the cost is that of
-    one projection.
+    vocab at a time, and sums every gradient in float32 before rounding it once. Without gradients only the one
+    projection is computed.
 
     Args:
         input: hidden states ``(..., H)``, float32, bfloat16 or float16, with any strides. Under ``torch.autocast`` it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +28,7 @@ from tests.core_kernels.problems import (
     run,
 )
 from tests.parity import oracle
-from tests.support import on_gpu, suite_device
+from tests.support import on_gpu, suite_device, waiting_raises
 
 REDUCTIONS = ("none", "mean", "sum")
 ORACLE_OPTIONS = (
@@ -308,15 +307,6 @@ def test_no_weight_reaches_the_gradient_of_a_token_that_does_not_count(
 
 
 # ---- what a launch does to the host, and to a stream
-
-
-@contextmanager
-def waiting_raises() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def warm_step(problem: Problem, device: torch.device) -> tuple[Plan, Plan, Tensors]:

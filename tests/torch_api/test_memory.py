@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from core_kernels import Plan
 from core_kernels.plan import MIB
-from tests.support import on_gpu
+from tests.support import on_gpu, waiting_raises
 from tests.torch_api.calls import (
     LOSSES,
     Loss,
@@ -66,15 +65,6 @@ def test_logits_are_never_whole_in_memory(device: torch.device, monkeypatch: pyt
     assert evaluation_bytes < LOGITS_BYTES / 50
     assert training_bytes <= planned_bytes(forward, backward)
     assert training_bytes < LOGITS_BYTES / 4
-
-
-@contextmanager
-def waiting_raises() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("loss_fn", LOSSES)
