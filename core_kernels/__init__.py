@@ -1,4 +1,4 @@
-"""The one kernel set under both frontends: options, plans, and a launch that fills buffers.
+"""The one kernel set under both frontends: options, steps, plans, and a launch that fills buffers.
 
 Knows torch tensors; knows no autograd and no JAX. Frontends use what is exported here and nothing below it.
 """
@@ -6,8 +6,9 @@ Knows torch tensors; knows no autograd and no JAX. Frontends use what is exporte
 from core_kernels.labels import check_labels
 from core_kernels.launch import launch
 from core_kernels.options import OPTION_NAMES, Options
-from core_kernels.plan import Buffer, Plan, plan_backward, plan_forward
+from core_kernels.plan import Plan, plan
 from core_kernels.problem import Argument, Problem, linear_problem, logits_problem
+from core_kernels.step import Buffer, Step
 
 __all__ = [
     "OPTION_NAMES",
@@ -16,10 +17,10 @@ __all__ = [
     "Options",
     "Plan",
     "Problem",
+    "Step",
     "check_labels",
     "launch",
     "linear_problem",
     "logits_problem",
-    "plan_backward",
-    "plan_forward",
+    "plan",
 ]

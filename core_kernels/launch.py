@@ -19,10 +19,11 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Fill every buffer that ``plan`` lists, reading the inputs that it names, on the current stream.
 
     Args:
-        plan: from ``plan_forward`` or ``plan_backward``.
-        tensors: every input and buffer by name. Tokens are one dimension: ``x (N, H)``, ``labels (N,)``. Inputs may
-            have any strides, except that ``labels``, ``bias``, ``class_weight`` and ``grad_loss`` are contiguous.
-            Buffers are contiguous; ``grad_weight`` may be a transposed view of a contiguous buffer.
+        plan: of a step, for the device that holds the tensors.
+        tensors: every input and buffer by name. Tokens are one dimension: ``x (N, H)``, ``labels (N,)``; on a shard
+            of the vocab ``first_class (1,)`` is the number of its first class, int32; ``shard_statistics`` to combine
+            are ``(shards, rows, N)``. ``x``, ``logits`` and ``weight`` may have any strides, other inputs are
+            contiguous. Buffers are contiguous; ``grad_weight`` may be a transposed view of a contiguous buffer.
     """
     if plan.problem.tokens == 0:
         for buffer in plan.outputs:
@@ -32,11 +33,8 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         return  # no gradient is wanted
     engine = _engine(plan.engine)
     with torch.no_grad(), engine.guard(tensors["labels"].device):
-        if plan.problem.hidden is None:
-            step = engine.cross_entropy_backward if plan.backward else engine.cross_entropy_forward
-        else:
-            step = engine.linear_backward if plan.backward else engine.linear_forward
-        step(plan, tensors)
+        operation = engine.LOGITS if plan.problem.hidden is None else engine.LINEAR
+        operation[plan.step.kind](plan, tensors)
 
 
 def _engine(name: str) -> ModuleType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,7 +27,12 @@ class Argument:
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes and dtypes of a cross entropy. ``hidden`` is ``None`` when the logits are given, not projected."""
+    """Sizes and dtypes of a cross entropy. ``hidden`` is ``None`` when the logits are given, not projected.
+
+    ``shards`` is ``None`` where the vocab is whole; otherwise it lies in so many shards, of which this problem's
+    weight is one, with ``columns`` classes. ``groups`` are problems side by side: each reduces its own tokens, which
+    are consecutive; usually there is one, ``()``.
+    """
 
     leading: tuple[int, ...]
     vocab: int
@@ -36,10 +41,21 @@ class Problem:
     label_dtype: torch.dtype
     has_bias: bool
     has_class_weight: bool
+    columns: int
+    shards: int | None = None
+    groups: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         return math.prod(self.leading)
+
+    @property
+    def group_tokens(self) -> int:
+        return self.tokens // max(1, math.prod(self.groups))
+
+    def times(self, size: int) -> Problem:
+        """``size`` such problems over one weight, one after the other."""
+        return replace(self, leading=(size * self.tokens,), groups=(size, *self.groups))
 
 
 def logits_problem(logits: Argument, labels: Argument, class_weight: Argument | None) -> Problem:
@@ -53,13 +69,21 @@ def logits_problem(logits: Argument, labels: Argument, class_weight: Argument | 
     label_dtype = _label_dtype(labels, logits)
     _check_class_weight(class_weight, vocab)
     _check_devices(logits, labels, class_weight)
-    return Problem(logits.shape[:-1], vocab, None, dtype, label_dtype, False, class_weight is not None)
+    return Problem(logits.shape[:-1], vocab, None, dtype, label_dtype, False, class_weight is not None, vocab)
 
 
 def linear_problem(
-    x: Argument, weight: Argument, labels: Argument, bias: Argument | None, class_weight: Argument | None
+    x: Argument,
+    weight: Argument,
+    labels: Argument,
+    bias: Argument | None,
+    class_weight: Argument | None,
+    shards: int | None = None,
 ) -> Problem:
-    """Check the arguments of a fused linear cross entropy: ``x (..., H)``, ``weight (V, H)``, ``bias (V,)``."""
+    """Check the arguments of a fused linear cross entropy: ``x (..., H)``, ``weight (V, H)``, ``bias (V,)``.
+
+    With ``shards``, ``weight`` and ``bias`` are one of so many equal shards of the vocab; ``class_weight`` is whole.
+    """
     dtype = _float_dtype(x)
     for argument in (weight,) if bias is None else (weight, bias):
         if _float_dtype(argument) != dtype:
@@ -71,19 +95,22 @@ def linear_problem(
         raise ValueError(f"{x.name} must have shape (..., H), got a scalar")
     if len(weight.shape) != 2:
         raise ValueError(f"{weight.name} must have shape (V, H), got {weight.shape}")
-    vocab, hidden = weight.shape
+    columns, hidden = weight.shape
+    vocab = columns * (shards or 1)
     if x.shape[-1] != hidden:
         raise ValueError(
             f"{weight.name} must have shape (V, {x.shape[-1]}) to match {x.name} of shape {x.shape}, got {weight.shape}"
         )
-    if vocab < 1 or hidden < 1:
+    if columns < 1 or hidden < 1:
         raise ValueError(f"{weight.name} must not be empty, got shape {weight.shape}")
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"{bias.name} must have shape ({vocab},), got {bias.shape}")
+    if bias is not None and bias.shape != (columns,):
+        raise ValueError(f"{bias.name} must have shape ({columns},), got {bias.shape}")
     label_dtype = _label_dtype(labels, x)
     _check_class_weight(class_weight, vocab)
     _check_devices(x, weight, labels, bias, class_weight)
-    return Problem(x.shape[:-1], vocab, hidden, dtype, label_dtype, bias is not None, class_weight is not None)
+    return Problem(
+        x.shape[:-1], vocab, hidden, dtype, label_dtype, bias is not None, class_weight is not None, columns, shards
+    )
 
 
 def _name(dtype: torch.dtype | str) -> str:

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from core_kernels.options import Options
 from core_kernels.plan import Plan
+from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 
 Tensors = Mapping[str, Tensor]
+
+NAN_CLASS = torch.iinfo(torch.int32).min
 
 
 def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -26,7 +29,7 @@ def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False)
 
 
-def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
+def cross_entropy_loss(plan: Plan, t: Tensors) -> None:
     valid = _valid(plan, t["labels"])
     labels = _safe_labels(t["labels"], valid)
     parts = []
@@ -36,7 +39,7 @@ def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
     _finish_tokens(plan, t, valid, labels, _RowStatistics.stack(parts))
 
 
-def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
+def cross_entropy_gradient(plan: Plan, t: Tensors) -> None:
     valid = _valid(plan, t["labels"])
     labels = _safe_labels(t["labels"], valid)
     factors = _gradient_factors(plan, t, valid, labels)
@@ -47,28 +50,59 @@ def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
         t["grad_logits"][first:last].copy_(g.masked_fill_(~valid[first:last, None], 0.0))
 
 
-def linear_forward(plan: Plan, t: Tensors) -> None:
+def linear_loss(plan: Plan, t: Tensors) -> None:
     valid = _valid(plan, t["labels"])
     labels = _safe_labels(t["labels"], valid)
-    rows = _valid_rows(t["x"], valid)
+    _finish_tokens(plan, t, valid, labels, _statistics_of_columns(plan, t, valid, labels))
+
+
+def linear_shard(plan: Plan, t: Tensors) -> None:
+    valid = _valid(plan, t["labels"])
+    rows = _statistics_of_columns(plan, t, valid, _safe_labels(t["labels"], valid))
+    out = t["shard_statistics"]
+    out[SHARD_MAX].copy_(_bits(rows.maximum))
+    out[SHARD_SUM].copy_(_bits(rows.total))
+    out[SHARD_TARGET].copy_(_bits(rows.target))
+    if rows.smooth is not None:
+        out[plan.step.shard_smooth].copy_(_bits(rows.smooth + rows.weight * rows.base))
+    if rows.argmax is not None:  # a NaN's class is told by its sign
+        out[plan.step.shard_argmax].copy_(torch.where(rows.top.isnan(), rows.argmax + NAN_CLASS, rows.argmax))
+
+
+def linear_combine(plan: Plan, t: Tensors) -> None:
+    valid = _valid(plan, t["labels"])
+    zeros = torch.zeros_like(valid, dtype=torch.float32)
     statistics = None
-    for first, last in _slices(plan.problem.vocab, plan.slab):
-        z = _final_logits_of_columns(plan, t, rows, first, last)
-        class_weight = t["class_weight"][first:last] if "class_weight" in t else None
-        part = _RowStatistics.of(z, labels, first, plan.options, class_weight)
+    for shard in t["shard_statistics"].unbind(0):
+        top, argmax = _floats(shard[SHARD_MAX]), None
+        if plan.options.needs_argmax:
+            argmax = shard[plan.step.shard_argmax].long()
+            top = torch.where(argmax < 0, float("nan"), top)
+            argmax = torch.where(argmax < 0, argmax - NAN_CLASS, argmax)
+        part = _RowStatistics(
+            maximum=_floats(shard[SHARD_MAX]),
+            total=_floats(shard[SHARD_SUM]),
+            target=_floats(shard[SHARD_TARGET]),
+            argmax=argmax,
+            top=top,
+            smooth=_floats(shard[plan.step.shard_smooth]) if plan.options.label_smoothing > 0 else None,
+            base=zeros,
+            weight=0.0,
+        )
         statistics = part if statistics is None else statistics.merge(part)
     assert statistics is not None
-    _finish_tokens(plan, t, valid, labels, statistics)
+    statistics.weight = t["class_weight"].float().sum() if "class_weight" in t else float(plan.problem.vocab)
+    _finish_tokens(plan, t, valid, _safe_labels(t["labels"], valid), statistics)
 
 
-def linear_backward(plan: Plan, t: Tensors) -> None:
+def linear_gradient(plan: Plan, t: Tensors) -> None:
     valid = _valid(plan, t["labels"])
     labels = _safe_labels(t["labels"], valid)
     rows = _valid_rows(t["x"], valid)
     factors = _gradient_factors(plan, t, valid, labels)
-    for first, last in _slices(plan.problem.vocab, plan.slab):
+    for first, last in _slices(plan.problem.columns, plan.slab):
         z = _final_logits_of_columns(plan, t, rows, first, last)
-        g = _logits_gradient(plan, t, z, labels, first, *factors).masked_fill_(~valid[:, None], 0.0)
+        g = _logits_gradient(plan, t, z, labels, _class(t, first), *factors).masked_fill_(~valid[:, None], 0.0)
         if "grad_x" in t:
             weight = t["weight"][first:last].float()
             if first == 0:
@@ -97,8 +131,10 @@ class _RowStatistics:
     weight: Tensor | float  # sum of w_v
 
     @classmethod
-    def of(cls, z: Tensor, labels: Tensor, first: int, options: Options, class_weight: Tensor | None) -> _RowStatistics:
-        """Statistics of the columns from ``first`` that ``z`` holds; overwrites ``z``."""
+    def of(
+        cls, z: Tensor, labels: Tensor, first: int | Tensor, options: Options, class_weight: Tensor | None
+    ) -> _RowStatistics:
+        """Statistics of the classes from ``first`` that ``z`` holds; overwrites ``z``."""
         columns = z.shape[1]
         here = (labels >= first) & (labels < first + columns)
         index = (labels - first).clamp(0, columns - 1)
@@ -154,6 +190,18 @@ class _RowStatistics:
         )
 
 
+def _statistics_of_columns(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor) -> _RowStatistics:
+    rows = _valid_rows(t["x"], valid)
+    statistics = None
+    for first, last in _slices(plan.problem.columns, plan.slab):
+        z = _final_logits_of_columns(plan, t, rows, first, last)
+        class_weight = _class_weight(t, _class(t, first), last - first) if "class_weight" in t else None
+        part = _RowStatistics.of(z, labels, _class(t, first), plan.options, class_weight)
+        statistics = part if statistics is None else statistics.merge(part)
+    assert statistics is not None
+    return statistics
+
+
 def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: _RowStatistics) -> None:
     """Losses and metrics from each row's statistics, and what the backward pass reads."""
     options = plan.options
@@ -177,14 +225,16 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
     loss = torch.where(valid, loss, missing)
     z_loss = torch.where(valid, z_loss, missing)
 
-    count = valid.sum()
-    by_weight = by_count = torch.ones((), dtype=torch.float32, device=valid.device)
+    if plan.step.sums_class_weight:
+        t["class_weight_sum"].copy_(t["class_weight"].float().sum())
+    count = _sum_of_groups(plan, valid)
     if options.reduction == "mean":
-        by_weight = _reciprocal_or_zero(torch.where(valid, token_weight, 0.0).sum())
+        by_weight = _reciprocal_or_zero(_sum_of_groups(plan, torch.where(valid, token_weight, 0.0)))
         by_count = _reciprocal_or_zero(count.float())
-        t["divisors"].copy_(torch.stack([by_weight, by_count]))
-    if not options.per_token:
-        loss, z_loss = loss.sum() * by_weight, z_loss.sum() * by_count
+        t["divisors"].copy_(torch.stack([by_weight, by_count], -1))
+        loss, z_loss = _sum_of_groups(plan, loss) * by_weight, _sum_of_groups(plan, z_loss) * by_count
+    elif options.reduction == "sum":
+        loss, z_loss = _sum_of_groups(plan, loss), _sum_of_groups(plan, z_loss)
     t["loss"].copy_(loss + z_loss)
     if options.return_z_loss:
         t["z_loss"].copy_(z_loss)
@@ -192,7 +242,8 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
         return
     correct = (valid & (rows.argmax == labels)).float()
     if options.return_token_accuracy:
-        t["token_accuracy"].copy_(correct if options.per_token else correct.sum() / count.clamp(min=1))
+        accuracy = correct if options.per_token else _sum_of_groups(plan, correct) / count.clamp(min=1)
+        t["token_accuracy"].copy_(accuracy)
     if options.return_predicted_tokens:
         t["predicted_tokens"].copy_(torch.where(valid, rows.argmax, -1))
 
@@ -200,17 +251,19 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
 def _gradient_factors(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
     """Row factors of ``dL/dz_v = target * (p_v - [v == label]) + soft * p_v - uniform * w_v``, and the row's lse."""
     options, vocab = plan.options, plan.problem.vocab
-    g = t["grad_loss"].float().expand(plan.problem.tokens)
+    g = t["grad_loss"].float()
+    if not options.per_token:
+        g = _to_tokens(plan, g)
     if options.use_token_scaling:
         g = g * t["token_scale"]
     g_z = g
     if options.reduction == "mean":
-        g, g_z = g * t["divisors"][0], g_z * t["divisors"][1]
+        g, g_z = g * _to_tokens(plan, t["divisors"][..., 0]), g_z * _to_tokens(plan, t["divisors"][..., 1])
     weight = t.get("class_weight")
     token_weight = 1.0 if weight is None else weight[labels].float()
     uniform = g * (options.label_smoothing / vocab)
     target = g * token_weight * (1.0 - options.label_smoothing)
-    soft = uniform * (vocab if weight is None else weight.float().sum())
+    soft = uniform * (t["class_weight_sum"] if plan.step.sums_class_weight else vocab)
     if options.lse_square_scale > 0:
         soft = soft + 2.0 * options.lse_square_scale * (t["row_max"] + t["log_sum"]) * g_z
     return soft, target, uniform, t["row_max"], t["log_sum"]
@@ -221,20 +274,20 @@ def _logits_gradient(
     t: Tensors,
     z: Tensor,
     labels: Tensor,
-    first: int,
+    first: int | Tensor,
     soft: Tensor,
     target: Tensor,
     uniform: Tensor,
     row_max: Tensor,
     log_sum: Tensor,
 ) -> Tensor:
-    """Gradient by the raw logits of the columns from ``first`` that ``z`` holds as final logits; overwrites ``z``."""
+    """Gradient by the raw logits of the classes from ``first`` that ``z`` holds as final logits; overwrites ``z``."""
     options, columns = plan.options, z.shape[1]
     slope = None if options.softcap is None else (1.0 - (z / options.softcap).square()).mul_(options.logit_scale)
     p = z.sub_(row_max[:, None]).sub_(log_sum[:, None]).exp_()
     rest = None
     if options.label_smoothing > 0:
-        weight = t["class_weight"][first : first + columns].float() if "class_weight" in t else 1.0
+        weight = _class_weight(t, first, columns).float() if "class_weight" in t else 1.0
         rest = p * soft[:, None] - uniform[:, None] * weight
     elif options.lse_square_scale > 0:
         rest = p * soft[:, None]
@@ -260,6 +313,34 @@ def _final_logits_of_columns(plan: Plan, t: Tensors, rows: Tensor, first: int, l
     if "bias" in t:
         z.add_(t["bias"][first:last].float())
     return _scale_and_cap(z, plan.options)
+
+
+def _class(t: Tensors, column: int) -> int | Tensor:
+    """The class of a column: on a shard of the vocab only the device knows it."""
+    return t["first_class"] + column if "first_class" in t else column
+
+
+def _class_weight(t: Tensors, first: int | Tensor, columns: int) -> Tensor:
+    if isinstance(first, int):
+        return t["class_weight"][first : first + columns]
+    return t["class_weight"][first + torch.arange(columns, device=first.device)]
+
+
+def _sum_of_groups(plan: Plan, per_token: Tensor) -> Tensor:
+    return per_token.view(*plan.problem.groups, plan.problem.group_tokens).sum(-1)
+
+
+def _to_tokens(plan: Plan, per_group: Tensor) -> Tensor:
+    groups, tokens = plan.problem.groups, plan.problem.group_tokens
+    return per_group.reshape(*groups, 1).expand(*groups, tokens).reshape(-1)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view(torch.int32)
+
+
+def _floats(bits: Tensor) -> Tensor:
+    return bits.view(torch.float32)
 
 
 def _scale_and_cap(z: Tensor, options: Options) -> Tensor:
@@ -298,3 +379,7 @@ def _finite_or_zero(maximum: Tensor) -> Tensor:
 
 def _reciprocal_or_zero(divisor: Tensor) -> Tensor:
     return torch.where(divisor == 0.0, 0.0, 1.0 / divisor)
+
+
+LOGITS = {"loss": cross_entropy_loss, "gradient": cross_entropy_gradient}
+LINEAR = {"loss": linear_loss, "shard": linear_shard, "combine": linear_combine, "gradient": linear_gradient}

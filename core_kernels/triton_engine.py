@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from core_kernels.engine import interpreting
 from core_kernels.kernels import cross_entropy, linear, products, tokens
 from core_kernels.plan import Plan
+from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 
 Tensors = Mapping[str, Tensor]
 
@@ -39,7 +41,7 @@ def guard(device: torch.device) -> Iterator[None]:
             yield
 
 
-def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
+def cross_entropy_loss(plan: Plan, t: Tensors) -> None:
     logits = t["logits"]
     _sum_class_weight(plan, t)
     cross_entropy.cross_entropy_forward[(plan.problem.tokens,)](
@@ -59,7 +61,7 @@ def cross_entropy_forward(plan: Plan, t: Tensors) -> None:
     _reduce_tokens(plan, t)
 
 
-def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
+def cross_entropy_gradient(plan: Plan, t: Tensors) -> None:
     logits = t["logits"]
     cross_entropy.cross_entropy_backward[(plan.problem.tokens,)](
         logits,
@@ -72,7 +74,7 @@ def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
         t["grad_loss"],
         t["grad_logits"],
         *logits.stride(),
-        _grad_stride(plan),
+        _group_tokens(plan),
         plan.problem.vocab,
         plan.options.ignore_index,
         **_logit_options(plan),
@@ -83,27 +85,78 @@ def cross_entropy_backward(plan: Plan, t: Tensors) -> None:
     )
 
 
-def linear_forward(plan: Plan, t: Tensors) -> None:
-    problem, tile = plan.problem, plan.tile
-    x, weight = t["x"], t["weight"]
-    n, vocab, strips = problem.tokens, problem.vocab, plan.strips
-    _sum_class_weight(plan, t)
+def linear_loss(plan: Plan, t: Tensors) -> None:
+    _strip_statistics(plan, t)
+    strips = [t.get(name) for name in ("target_logit", "strip_max", "strip_sum", "strip_smooth", "strip_argmax")]
+    _finish_tokens(plan, t, t["valid_position"], strips, plan.problem.tokens, plan.strips)
+
+
+def linear_shard(plan: Plan, t: Tensors) -> None:
+    n = plan.problem.tokens
+    _strip_statistics(plan, t)
+    linear.finish_shard[(triton.cdiv(n, TOKEN_BLOCK),)](
+        t["labels"],
+        t["first_class"],
+        t["valid_position"],
+        t["target_logit"],
+        t["strip_max"],
+        t["strip_sum"],
+        t.get("strip_smooth"),
+        t.get("strip_argmax"),
+        *_shard_statistics(plan, t["shard_statistics"]),
+        n,
+        plan.problem.columns,
+        plan.strips,
+        ARGMAX=plan.options.needs_argmax,
+        SMOOTHING=plan.options.label_smoothing > 0,
+        BLOCK=TOKEN_BLOCK,
+        num_warps=1,
+    )
+
+
+def linear_combine(plan: Plan, t: Tensors) -> None:
+    statistics = t["shard_statistics"]
+    shards, rows, n = statistics.shape
+    row_max, row_sum, target, smooth, argmax = _shard_statistics(plan, statistics[0])
+    _finish_tokens(plan, t, None, [target, row_max, row_sum, smooth, argmax], rows * n, shards)
+
+
+def _shard_statistics(plan: Plan, rows: Tensor) -> tuple[Tensor | None, ...]:
+    """A shard's statistics by row: maximum, sum, the label's logit, and the smoothing's sum and argmax if needed."""
+    step, floats = plan.step, rows.view(torch.float32)
+    return (
+        floats[SHARD_MAX],
+        floats[SHARD_SUM],
+        floats[SHARD_TARGET],
+        floats[step.shard_smooth] if plan.options.label_smoothing > 0 else None,
+        rows[step.shard_argmax] if plan.options.needs_argmax else None,
+    )
+
+
+def _compact_valid_tokens(plan: Plan, t: Tensors) -> None:
     tokens.compact_valid_tokens[(1,)](
         t["labels"],
         t["valid_tokens"],
         t["valid_position"],
         t["num_valid"],
-        n,
-        vocab,
+        plan.problem.tokens,
+        plan.problem.vocab,
         plan.options.ignore_index,
         BLOCK=REDUCE_BLOCK,
     )
-    linear.strip_statistics[(triton.cdiv(n, tile.m) * strips,)](
+
+
+def _strip_statistics(plan: Plan, t: Tensors) -> None:
+    problem, strips = plan.problem, plan.strips
+    x, weight = t["x"], t["weight"]
+    _compact_valid_tokens(plan, t)
+    linear.strip_statistics[(triton.cdiv(problem.tokens, plan.tile.m) * strips,)](
         x,
         weight,
         t.get("bias"),
         t["labels"],
         t.get("class_weight"),
+        t.get("first_class"),
         t["valid_tokens"],
         t["num_valid"],
         t["target_logit"],
@@ -113,30 +166,37 @@ def linear_forward(plan: Plan, t: Tensors) -> None:
         t.get("strip_argmax"),
         *x.stride(),
         *weight.stride(),
-        n,
-        vocab,
+        problem.tokens,
+        problem.columns,
         problem.hidden,
         strips,
         **_logit_options(plan),
+        SHARDED=problem.shards is not None,
         ARGMAX=plan.options.needs_argmax,
         CLASS_WEIGHT=problem.has_class_weight,
         SMOOTHING=plan.options.label_smoothing > 0,
         **_projection(plan),
     )
+
+
+def _finish_tokens(
+    plan: Plan, t: Tensors, valid_position: Tensor | None, statistics: list[Tensor | None], stride: int, strips: int
+) -> None:
+    """Losses and metrics from statistics of ``strips`` of the vocab, whose rows of tokens lie ``stride`` apart."""
+    n = plan.problem.tokens
+    _sum_class_weight(plan, t)
     linear.finish_tokens[(triton.cdiv(n, TOKEN_BLOCK),)](
         t["labels"],
-        t["valid_position"],
-        t["target_logit"],
-        t["strip_max"],
-        t["strip_sum"],
-        t.get("strip_smooth"),
-        t.get("strip_argmax"),
+        valid_position,
+        *statistics,
         *_class_weight(t),
         *_token_buffers(plan, t),
         n,
-        vocab,
+        plan.problem.vocab,
+        stride,
         strips,
         plan.options.ignore_index,
+        SHARDS=valid_position is None,
         **_loss_options(plan),
         **_metric_flags(plan),
         BLOCK=TOKEN_BLOCK,
@@ -145,8 +205,9 @@ def linear_forward(plan: Plan, t: Tensors) -> None:
     _reduce_tokens(plan, t)
 
 
-def linear_backward(plan: Plan, t: Tensors) -> None:
-    n, vocab, hidden = plan.problem.tokens, plan.problem.vocab, plan.problem.hidden
+def linear_gradient(plan: Plan, t: Tensors) -> None:
+    n, columns_of_all, hidden = plan.problem.tokens, plan.problem.columns, plan.problem.hidden
+    _compact_valid_tokens(plan, t)
     if "grad_weight" in t:
         products.gather_valid_rows[(n, triton.cdiv(hidden, HIDDEN_BLOCK))](
             t["x"],
@@ -158,8 +219,8 @@ def linear_backward(plan: Plan, t: Tensors) -> None:
             t["valid_x"].stride(0),
             BLOCK=HIDDEN_BLOCK,
         )
-    for first in range(0, vocab, plan.slab):
-        columns = min(plan.slab, vocab - first)
+    for first in range(0, columns_of_all, plan.slab):
+        columns = min(plan.slab, columns_of_all - first)
         _slab_gradient(plan, t, first, columns)
         _multiply_slab(plan, t, first, columns)
     if "grad_x" in t:
@@ -177,6 +238,7 @@ def _slab_gradient(plan: Plan, t: Tensors, first: int, columns: int) -> None:
         t.get("bias"),
         t["labels"],
         *_class_weight(t),
+        t.get("first_class"),
         t["valid_tokens"],
         t["num_valid"],
         t["row_max"],
@@ -187,14 +249,14 @@ def _slab_gradient(plan: Plan, t: Tensors, first: int, columns: int) -> None:
         t["slab"],
         *t["x"].stride(),
         *t["weight"].stride(),
-        _grad_stride(plan),
+        _group_tokens(plan),
         n,
         plan.problem.vocab,
         plan.problem.hidden,
         first,
         columns,
         t["slab"].stride(0),
-        plan.options.ignore_index,
+        SHARDED=plan.problem.shards is not None,
         **_logit_options(plan),
         **_loss_options(plan),
         **_gradient_flags(plan),
@@ -249,7 +311,7 @@ def _sum_class_weight(plan: Plan, t: Tensors) -> None:
 def _reduce_tokens(plan: Plan, t: Tensors) -> None:
     if plan.options.per_token:
         return
-    tokens.reduce_tokens[(1,)](
+    tokens.reduce_tokens[(math.prod(plan.problem.groups),)](
         t["labels"],
         t["token_loss"],
         t["token_z_loss"],
@@ -259,7 +321,7 @@ def _reduce_tokens(plan: Plan, t: Tensors) -> None:
         t.get("z_loss"),
         t.get("token_accuracy"),
         t.get("divisors"),
-        plan.problem.tokens,
+        plan.problem.group_tokens,
         plan.problem.vocab,
         plan.options.ignore_index,
         MEAN=plan.options.reduction == "mean",
@@ -283,9 +345,9 @@ def _token_buffers(plan: Plan, t: Tensors) -> tuple[Tensor | None, ...]:
     return *results, t.get("predicted_tokens"), t["row_max"], t["log_sum"], t.get("token_scale")
 
 
-def _grad_stride(plan: Plan) -> int:
-    """The upstream gradient is one per token, or one for all."""
-    return 1 if plan.options.per_token else 0
+def _group_tokens(plan: Plan) -> int:
+    """How many tokens share an upstream gradient."""
+    return 1 if plan.options.per_token else plan.problem.group_tokens
 
 
 def _row_block(plan: Plan) -> int:
@@ -339,3 +401,7 @@ def _blocks(plan: Plan) -> dict[str, Any]:
 def _projection(plan: Plan) -> dict[str, Any]:
     assert plan.problem.hidden is not None
     return {"BIAS": plan.problem.has_bias, "EVEN_K": plan.problem.hidden % plan.tile.k == 0, **_blocks(plan)}
+
+
+LOGITS = {"loss": cross_entropy_loss, "gradient": cross_entropy_gradient}
+LINEAR = {"loss": linear_loss, "shard": linear_shard, "combine": linear_combine, "gradient": linear_gradient}

@@ -9,18 +9,38 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import torch
-from jax.experimental.buffer_callback import buffer_callback
 
-from core_kernels import Plan, launch
+from core_kernels import Buffer, Plan, Step, launch, plan
+from jax_api import internals
 
 _CPU = 1  # DLPack's kDLCPU
+
+
+@dataclass(frozen=True)
+class Call:
+    """A step as JAX calls it. ``transposed`` names the tensors that JAX holds the other way round (a weight kept as
+    ``(H, V)``); ``cuda_graph`` lets XLA record the launch and replay it.
+    """
+
+    step: Step
+    transposed: frozenset[str]
+    cuda_graph: bool
+
+    @property
+    def results(self) -> tuple[Buffer, ...]:
+        return self.step.outputs + self.step.saved
+
+    def shape(self, buffer: Buffer) -> jax.ShapeDtypeStruct:
+        """A buffer's shape and dtype as JAX has it."""
+        flipped = buffer.name.removeprefix("grad_") in self.transposed
+        return jax.ShapeDtypeStruct(buffer.shape[::-1] if flipped else buffer.shape, jax_dtype(buffer.dtype))
 
 
 @dataclass(frozen=True)
@@ -28,37 +48,40 @@ class PlanCallback:
     """Fills the buffers of ``plan`` with its inputs. Hashed by value on purpose: the callback is a static parameter of
     the compiled program, so equal calls share one executable.
 
-    ``transposed`` names the tensors that JAX holds the other way round (a weight kept as ``(H, V)``).
+    ``ready`` are the GPUs where it has run, so where its kernels are compiled and loaded. Neither may happen while XLA
+    records a program, which is why it runs one before that.
     """
 
     plan: Plan
     transposed: frozenset[str]
+    ready: set[int] = field(default_factory=set, compare=False)
 
     def __call__(self, context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
         names = (*self.plan.inputs, *(buffer.name for buffer in self.plan.buffers))
-        with _xla_stream(context, inputs[0], self.plan):
+        with _xla_stream(context, inputs[0]) as device:
+            if device not in self.ready and device is not None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("XLA records twinhead's kernels before it has run them: use cuda_graph=False")
             tensors = {
                 name: torch.from_dlpack(buffer) for name, buffer in zip(names, (*inputs, *outputs), strict=True)
             }
-            launch(self.plan, {name: t.T if name in self.transposed else t for name, t in tensors.items()})
+            for name in self.transposed & tensors.keys():
+                tensors[name] = tensors[name].T
+            launch(self.plan, tensors)
+            if device is not None:
+                self.ready.add(device)
 
 
-def run(plan: Plan, inputs: Mapping[str, jax.Array], transposed: frozenset[str]) -> dict[str, jax.Array]:
-    """Run ``plan`` and return its outputs and saved buffers by name."""
-    kept = plan.outputs + plan.saved
-    shapes = {
-        buffer.name: jax.ShapeDtypeStruct(
-            buffer.shape[::-1] if buffer.name in transposed else buffer.shape, jax_dtype(buffer.dtype)
-        )
-        for buffer in plan.buffers
-    }
-    if plan.problem.tokens == 0:  # nothing to run, and an empty array has no buffer to hand over
-        return {buffer.name: jnp.zeros_like(shapes[buffer.name]) for buffer in kept}
-    call = buffer_callback(
-        PlanCallback(plan, transposed), tuple(shapes.values()), vmap_method="sequential"  # never tiles the weight
+def run(call: Call, platform: str, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Run ``call`` on ``platform``, over its step's inputs in order; answers its results in order."""
+    if call.step.problem.tokens == 0:  # nothing to run, and an empty array has no buffer to hand over
+        return tuple(jnp.zeros_like(call.shape(buffer)) for buffer in call.results)
+    planned = plan(call.step, torch.device("cpu") if platform == "cpu" else torch.device("cuda"))
+    shapes = tuple(call.shape(buffer) for buffer in planned.buffers)
+    transposed = call.transposed | {f"grad_{name}" for name in call.transposed}
+    callback = internals.buffer_callback(
+        PlanCallback(planned, transposed), shapes, command_buffer_compatible=call.cuda_graph
     )
-    results = dict(zip(shapes, call(*(inputs[name] for name in plan.inputs)), strict=True))
-    return {buffer.name: results[buffer.name] for buffer in kept}
+    return tuple(callback(*operands)[: len(call.results)])
 
 
 def jax_dtype(dtype: torch.dtype) -> jnp.dtype:
@@ -72,33 +95,19 @@ def torch_dtype(dtype: Any) -> torch.dtype | str:
     return found if isinstance(found, torch.dtype) else name
 
 
-def torch_device(arrays: Sequence[jax.Array]) -> torch.device:
-    """Where a call on ``arrays`` will run: where they lie, or on the default backend if they are being traced."""
-    device = next((next(iter(a.devices())) for a in arrays if not isinstance(a, jax.core.Tracer)), None)
-    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
-    platform = getattr(device, "platform", device) or jax.default_backend()
-    if platform == "cpu":
-        return torch.device("cpu")
-    if platform in ("gpu", "cuda", "rocm"):
-        return torch.device("cuda", getattr(device, "local_hardware_id", None) or 0)
-    raise NotImplementedError(f"twinhead runs on JAX's CPU and GPU backends; this call is for the backend {platform!r}")
-
-
 @contextlib.contextmanager
-def _xla_stream(context: Any, buffer: Any, plan: Plan) -> Iterator[None]:
-    """Torch's, hence Triton's, work goes to XLA's stream: ``Buffer.__dlpack__`` synchronises with no other."""
+def _xla_stream(context: Any, buffer: Any) -> Iterator[int | None]:
+    """Torch's, hence Triton's, work goes to XLA's stream: ``Buffer.__dlpack__`` synchronises with no other.
+
+    Answers the GPU's number, or ``None`` on a CPU.
+    """
     kind, index = buffer.__dlpack_device__()
-    if (plan.device_type == "cpu") != (int(kind) == _CPU):
-        raise RuntimeError(
-            f"twinhead traced this call for {plan.device_type}, JAX's default device, but its arrays are elsewhere: "
-            "trace it under jax.default_device(...) of the device that holds them"
-        )
     if int(kind) == _CPU:
         with _ieee_denormals():
-            yield
+            yield None
     else:
         with torch.cuda.device(index), torch.cuda.stream(_external_stream(context.stream, index)):
-            yield
+            yield index
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 import core_kernels as core
-from jax_api import bridge
-from jax_api.custom_vjp import planned_loss
+from jax_api import bridge, internals
+from jax_api.loss import Axis, planned_loss
 from jax_api.output import CrossEntropyOutput
 
 LAYOUTS = ("vh", "hv")
@@ -35,6 +35,7 @@ def cross_entropy(
     where: jax.Array | None = None,
     engine: str = "auto",
     check_labels: bool = False,
+    cuda_graph: bool = False,
 ) -> jax.Array | CrossEntropyOutput:
     r"""Cross entropy between logits and class indices, with predictions and accuracy from the same pass.
 
@@ -45,8 +46,8 @@ def cross_entropy(
     .. math:: (1 - e)\, w_y (\text{lse} - z_y) + \tfrac{e}{V} \sum_v w_v (\text{lse} - z_v)
               + \text{lse\_square\_scale} \cdot \text{lse}^2
 
-    All of it is computed in float32. Reverse-mode differentiable by ``logits``, once; works under ``jit``, ``scan`` and
-    ``value_and_grad(has_aux=True)``.
+    All of it is computed in float32. Reverse-mode differentiable by ``logits``, once; works under ``jit``, ``vmap``,
+    ``scan``, ``checkpoint``, ``shard_map`` and ``value_and_grad(has_aux=True)``.
 
     Args:
         logits: ``(..., V)``, float32, bfloat16 or float16.
@@ -65,6 +66,9 @@ def cross_entropy(
         where: boolean mask in the labels' shape; tokens where it is false are ignored.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
         check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
+        cuda_graph: let XLA record the launches in its CUDA graphs and replay them without Python. XLA makes graphs of
+            runs of five commands or more; ``jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1})`` of
+            any. Without effect on a CPU.
 
     Returns:
         The loss, float32; a :class:`CrossEntropyOutput` if any ``return_*`` flag is on.
@@ -98,11 +102,13 @@ def cross_entropy(
         return_predicted_tokens=return_predicted_tokens,
         check_labels=check_labels,
     )
+    logits, labels, weight = map(_array, (logits, labels, weight))
     problem = core.logits_problem(
         _argument("logits", logits), _argument("labels", labels), _optional_argument("weight", weight)
     )
     inputs = {"logits": logits, "labels": labels, "class_weight": weight}
-    return _run(problem, options, inputs, where, engine, "auto", frozenset())
+    step = core.Step("loss", problem, options, engine, index_dtype=_index_dtype())
+    return _run(bridge.Call(step, frozenset(), cuda_graph), inputs, where, None)
 
 
 def fused_linear_ce(
@@ -125,9 +131,11 @@ def fused_linear_ce(
     logit_scale: float = 1.0,
     where: jax.Array | None = None,
     weight_layout: str = "vh",
+    vocab_axis: str | tuple[str, ...] | None = None,
     memory: str | int = "auto",
     engine: str = "auto",
     check_labels: bool = False,
+    cuda_graph: bool = False,
 ) -> jax.Array | CrossEntropyOutput:
     r"""Cross entropy of ``x @ weight.T + bias`` without ever holding the logits.
 
@@ -139,7 +147,8 @@ def fused_linear_ce(
               + \text{lse\_square\_scale} \cdot \text{lse}^2
 
     Reverse-mode differentiable by ``x``, ``weight`` and ``bias``, once; what is not differentiated is not computed.
-    Works under ``jit``, ``scan`` and ``value_and_grad(has_aux=True)``.
+    Works under ``jit``, ``vmap`` (a batch over one weight is one call over more tokens), ``scan``, ``checkpoint``,
+    ``shard_map`` and ``value_and_grad(has_aux=True)``.
 
     Args:
         x: hidden states ``(..., H)``, float32, bfloat16 or float16.
@@ -162,10 +171,16 @@ def fused_linear_ce(
         where: boolean mask in the labels' shape; tokens where it is false are ignored.
         weight_layout: ``"vh"`` (an embedding table) or ``"hv"`` (the kernel of a Flax ``Dense``); neither is copied or
             transposed in memory, and the gradient has the same layout.
+        vocab_axis: name of the mesh axis, inside ``jax.shard_map``, along which ``weight`` and ``bias`` are sharded in
+            their vocab dimension (``ce_weight`` is whole). Labels and predictions are classes of the whole vocab, and
+            every device of the axis gets the whole loss, by one small collective each way.
         memory: how much scratch the backward pass may take: ``"lean"``, ``"auto"``, ``"speed"``, or a number of bytes
             for the workspace of either pass. The result is the same.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
         check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
+        cuda_graph: let XLA record the launches in its CUDA graphs and replay them without Python. XLA makes graphs of
+            runs of five commands or more; ``jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1})`` of
+            any. Without effect on a CPU.
 
     Returns:
         The loss, float32; a :class:`CrossEntropyOutput` if any ``return_*`` flag is on.
@@ -208,6 +223,7 @@ def fused_linear_ce(
         return_predicted_tokens=return_predicted_tokens,
         check_labels=check_labels,
     )
+    x, weight, labels, bias, ce_weight = map(_array, (x, weight, labels, bias, ce_weight))
     transposed = frozenset({"weight"} if weight_layout == "hv" else ())
     x_argument = _argument("x", x)
     problem = core.linear_problem(
@@ -216,14 +232,28 @@ def fused_linear_ce(
         _argument("labels", labels),
         _optional_argument("bias", bias),
         _optional_argument("ce_weight", ce_weight),
+        _shards(vocab_axis, weight),
     )
     inputs = {"x": x, "weight": weight, "labels": labels, "bias": bias, "class_weight": ce_weight}
-    return _run(problem, options, inputs, where, engine, memory, transposed)
+    step = core.Step("loss", problem, options, engine, memory, _index_dtype())
+    return _run(bridge.Call(step, transposed, cuda_graph), inputs, where, vocab_axis)
+
+
+def _array(value: Any) -> Any:
+    """What a wrapper stands for, a Flax NNX ``Param`` for one; anything else as it is."""
+    convert = None if isinstance(value, jax.Array) else getattr(value, "__jax_array__", None)
+    return convert() if convert else value
 
 
 def _argument(name: str, array: jax.Array) -> core.Argument:
     if not isinstance(array, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}")
+    for dimension in internals.sharded_dimensions(array):
+        raise ValueError(
+            f"{name} is sharded over devices in dimension {dimension}: outside jax.shard_map each device would gather "
+            "it and compute the whole loss. Call the loss inside jax.shard_map, over the tokens, or with vocab_axis= "
+            "over the vocab"
+        )
     return core.Argument(name, tuple(array.shape), bridge.torch_dtype(array.dtype))
 
 
@@ -242,37 +272,51 @@ def _optional_argument(name: str, array: jax.Array | None) -> core.Argument | No
 
 
 def _run(
-    problem: core.Problem,
-    options: core.Options,
-    inputs: dict[str, jax.Array | None],
-    where: jax.Array | None,
-    engine: str,
-    memory: str | int,
-    transposed: frozenset[str],
+    call: bridge.Call, inputs: dict[str, Any], where: jax.Array | None, vocab_axis: Axis
 ) -> jax.Array | CrossEntropyOutput:
+    problem, options = call.step.problem, call.step.options
     _check_narrowing(inputs["labels"], where, problem.vocab, options)
     arrays = {name: jnp.asarray(array) for name, array in inputs.items() if array is not None}
     if where is not None:
         arrays["labels"] = _mask(arrays["labels"], where, options.ignore_index)
-    device = bridge.torch_device(list(arrays.values()))
-    _check_labels(arrays["labels"], problem.vocab, options, device)
+    _check_labels(arrays["labels"], problem.vocab, options)
+    if vocab_axis is not None:
+        arrays["first_class"] = (jax.lax.axis_index(vocab_axis) * problem.columns).astype(jnp.int32).reshape(1)
 
     arrays["labels"] = arrays["labels"].reshape(-1)
     for name in ("x", "logits"):
         if name in arrays:
             arrays[name] = arrays[name].reshape(problem.tokens, arrays[name].shape[-1])
-    plan = core.plan_forward(
-        problem,
-        options,
-        device,
-        engine=engine,
-        memory=memory,
-        index_dtype=torch.int64 if jax.dtypes.canonicalize_dtype(np.int64) == np.int64 else torch.int32,
-    )
-    results = planned_loss(plan, transposed, arrays)
+    # Labels are checked by now, and a program is the same with and without.
+    call = replace(call, step=replace(call.step, options=replace(options, check_labels=False)))
+    results = planned_loss(call, vocab_axis, arrays)
     shaped = {name: r.reshape(problem.leading) if r.ndim == 1 else r for name, r in results.items()}
     output = CrossEntropyOutput(**shaped)
     return output if options.returns_output else output.loss
+
+
+def _index_dtype() -> torch.dtype:
+    return torch.int64 if jax.dtypes.canonicalize_dtype(np.int64) == np.int64 else torch.int32
+
+
+def _shards(vocab_axis: Axis, weight: jax.Array) -> int | None:
+    """Into how many shards the vocab is split; whether ``weight`` is one of them is checked where it can be."""
+    if vocab_axis is None:
+        return None
+    try:
+        shards = jax.lax.axis_size(vocab_axis)
+    except NameError:
+        raise ValueError(
+            f"vocab_axis must name a mesh axis inside jax.shard_map, got {vocab_axis!r}, which is not one here"
+        ) from None
+    axes = {vocab_axis} if isinstance(vocab_axis, str) else set(vocab_axis)
+    tracked = internals.varying_axes(jax.lax.axis_index(vocab_axis))  # nothing is under check_vma=False
+    if tracked and not axes <= internals.varying_axes(weight):
+        raise ValueError(
+            f"weight must be sharded along vocab_axis={vocab_axis!r}, and is the same on all of it: give its vocab "
+            f"dimension in_specs of PartitionSpec({vocab_axis!r}), or leave vocab_axis out"
+        )
+    return shards
 
 
 def _mask(labels: jax.Array, where: jax.Array, ignore_index: int) -> jax.Array:
@@ -300,12 +344,12 @@ def _check_narrowing(labels: Any, where: Any, vocab: int, options: core.Options)
     raise ValueError(f"ignore_index={options.ignore_index} needs 64 bits: enable x64, or choose a smaller one")
 
 
-def _check_labels(labels: jax.Array, vocab: int, options: core.Options, device: torch.device) -> None:
+def _check_labels(labels: jax.Array, vocab: int, options: core.Options) -> None:
     if isinstance(labels, jax.core.Tracer):
         if options.check_labels:
             raise ValueError(
                 "check_labels=True needs labels whose values are known, and these are traced: call outside jit, or "
                 "leave it off: a bad label then gives a NaN loss"
             )
-    elif options.check_labels or device.type == "cpu":
+    elif options.check_labels or all(device.platform == "cpu" for device in labels.devices()):
         core.check_labels(torch.from_numpy(np.array(labels)), vocab, options.ignore_index, "labels")

@@ -7,38 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core_kernels import Plan, launch, plan_backward
+from core_kernels import Plan, Step, launch, plan
 
 RESULTS = ("loss", "z_loss", "token_accuracy", "predicted_tokens")
 
 
 class PlannedLoss(torch.autograd.Function):
-    """``apply(plan, *inputs)``, inputs in the order of ``plan.inputs``; answers ``RESULTS``, ``None`` if not asked."""
+    """``apply(step, *inputs)``, inputs in the order of ``step.inputs``; answers ``RESULTS``, ``None`` if not asked."""
 
     @staticmethod
-    def forward(ctx: Any, plan: Plan, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-        named = dict(zip(plan.inputs, inputs, strict=True))
-        buffers = _allocate(plan, inputs[0].device)
-        launch(plan, {**_flatten(named), **buffers})
-        ctx.plan = plan
-        ctx.save_for_backward(*inputs, *(buffers[buffer.name] for buffer in plan.saved))
+    def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        buffers = _run(step, inputs)
+        ctx.step = step
+        ctx.save_for_backward(*inputs, *(buffers[buffer.name] for buffer in step.saved))
 
-        results = {buffer.name: buffers[buffer.name] for buffer in plan.outputs}
+        results = {buffer.name: buffers[buffer.name] for buffer in step.outputs}
         for name, result in results.items():
             if result.dim() == 1:
-                results[name] = result.view(plan.problem.leading)
+                results[name] = result.view(step.problem.leading)
         ctx.mark_non_differentiable(*(result for name, result in results.items() if name != "loss"))
         return tuple(results.get(name) for name in RESULTS)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        forward = ctx.plan
+        forward = ctx.step
         wanted = [name for name, need in zip(forward.inputs, ctx.needs_input_grad[1:], strict=True) if need]
-        plan = plan_backward(forward, wanted)
-        named = dict(zip(plan.inputs, (*ctx.saved_tensors, grad_loss), strict=True))
-        buffers = _allocate(plan, grad_loss.device)
-        launch(plan, {**_flatten(named), **buffers})
-        names = [output.name.removeprefix("grad_") for output in plan.outputs]
+        step = forward.gradient(wanted)
+        named = dict(zip(step.inputs, (*ctx.saved_tensors, grad_loss), strict=True))
+        buffers = _run(step, tuple(named.values()))
+        names = [output.name.removeprefix("grad_") for output in step.outputs]
         gradients = tuple(buffers[f"grad_{name}"].view(named[name].shape) for name in names)
         if torch.is_grad_enabled():  # create_graph=True
             sources = (named[name] for name in (*forward.inputs, "grad_loss"))
@@ -62,8 +59,16 @@ class _DifferentiableOnce(torch.autograd.Function):
         )
 
 
-def _allocate(plan: Plan, device: torch.device) -> dict[str, Tensor]:
-    return {buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for buffer in plan.buffers}
+def _run(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Plan, allocate, launch; answers the buffers by name."""
+    planned = plan(step, inputs[0].device)
+    buffers = _allocate(planned, inputs[0].device)
+    launch(planned, {**_flatten(dict(zip(step.inputs, inputs, strict=True))), **buffers})
+    return buffers
+
+
+def _allocate(planned: Plan, device: torch.device) -> dict[str, Tensor]:
+    return {buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for buffer in planned.buffers}
 
 
 def _flatten(named: dict[str, Tensor]) -> dict[str, Tensor]:

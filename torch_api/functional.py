@@ -96,9 +96,9 @@ def cross_entropy(
     problem = core.logits_problem(
         _argument("input", input), _argument("target", target), _optional_argument("weight", weight)
     )
-    plan = core.plan_forward(problem, options, input.device, engine=engine)
+    step = core.Step("loss", problem, options, engine)
     inputs = {"logits": input, "labels": target, "class_weight": weight}
-    return _run(plan, inputs)
+    return _run(step, inputs)
 
 
 def fused_linear_cross_entropy(
@@ -206,9 +206,9 @@ def fused_linear_cross_entropy(
         _optional_argument("bias", bias),
         _optional_argument("ce_weight", ce_weight),
     )
-    plan = core.plan_forward(problem, options, input.device, engine=engine, memory=memory)
+    step = core.Step("loss", problem, options, engine, memory)
     inputs = {"x": input, "weight": weight, "labels": target, "bias": bias, "class_weight": ce_weight}
-    return _run(plan, inputs)
+    return _run(step, inputs)
 
 
 def _argument(name: str, tensor: Tensor) -> core.Argument:
@@ -222,10 +222,10 @@ def _optional_argument(name: str, tensor: Tensor | None) -> core.Argument | None
 
 
 @torch.compiler.disable  # a graph break: traced through, plain operations would round differently from eager
-def _run(plan: core.Plan, inputs: dict[str, Tensor | None]) -> Tensor | CrossEntropyOutput:
+def _run(step: core.Step, inputs: dict[str, Tensor | None]) -> Tensor | CrossEntropyOutput:
     labels = inputs["labels"]
     assert labels is not None
-    if plan.options.check_labels or labels.device.type == "cpu":
-        core.check_labels(labels, plan.problem.vocab, plan.options.ignore_index, "target")
-    output = CrossEntropyOutput(*PlannedLoss.apply(plan, *(inputs[name] for name in plan.inputs)))
-    return output if plan.options.returns_output else output.loss
+    if step.options.check_labels or labels.device.type == "cpu":
+        core.check_labels(labels, step.problem.vocab, step.options.ignore_index, "target")
+    output = CrossEntropyOutput(*PlannedLoss.apply(step, *(inputs[name] for name in step.inputs)))
+    return output if step.options.returns_output else output.loss

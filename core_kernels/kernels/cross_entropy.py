@@ -96,7 +96,7 @@ def cross_entropy_forward(
 def cross_entropy_backward(
     logits, labels, class_weight, class_weight_sum, saved_max, saved_log_sum, token_scale, divisors,
     grad_loss, grad_logits,
-    stride_n, stride_v, grad_stride, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
+    stride_n, stride_v, group_tokens, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +110,7 @@ def cross_entropy_backward(
     log_sum = tl.load(saved_log_sum + token, mask=valid, other=0.0)
     soft, target, uniform = gradient_coefficients(
         token, label, valid, row_max, log_sum,
-        grad_loss, grad_stride, divisors, token_scale, class_weight, class_weight_sum,
+        grad_loss, group_tokens, divisors, token_scale, class_weight, class_weight_sum,
         V, smoothing, lse_square_scale,
         MEAN, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING, Z_LOSS,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from core_kernels.kernels.logits import (
     final_logits,
     finite_or_zero,
     gradient_coefficients,
+    is_valid,
     logits_gradient,
     merge_argmax,
     multiply_add,
@@ -60,16 +61,16 @@ def project(
 
 @triton.jit
 def strip_statistics(
-    x, weight, bias, labels, class_weight, valid_tokens, num_valid,
+    x, weight, bias, labels, class_weight, first_class, valid_tokens, num_valid,
     target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
-    stride_xn, stride_xh, stride_wv, stride_wh, num_tokens, V, H, strips, logit_scale, softcap,
-    ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
+    stride_xn, stride_xh, stride_wv, stride_wh, num_tokens, columns, H, strips, logit_scale, softcap,
+    SHARDED: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (token tiles * strips,). Statistics (strips, tokens) of the r-th valid token over one strip of the vocab.
+    """Grid (token tiles * strips,). Statistics (strips, tokens) of the r-th valid token over one strip of the columns.
 
-    The maximum and the sum of exponentials relative to it, the argmax, ``sum_v w_v z_v``; the label's logit (tokens,)
+    The maximum and the sum of exponentials relative to it, its column, ``sum_v w_v z_v``; the label's logit (tokens,)
     is stored by the strip that holds it.
     """
     count = tl.load(num_valid)
@@ -82,8 +83,12 @@ def strip_statistics(
     inside = rank < count
     token = tl.load(valid_tokens + rank, mask=inside, other=0).to(tl.int64)
     label = tl.load(labels + token, mask=inside, other=-1).to(tl.int64)
+    if SHARDED:  # from here on classes are numbered as this shard's columns
+        label -= tl.load(first_class)
+        if CLASS_WEIGHT:
+            class_weight += tl.load(first_class)
 
-    vocab_tiles = tl.cdiv(V, N)
+    vocab_tiles = tl.cdiv(columns, N)
     per_strip = tl.cdiv(vocab_tiles, strips)
     row_max = tl.full([M], float("-inf"), tl.float32)
     row_sum = tl.zeros([M], tl.float32)
@@ -92,7 +97,7 @@ def strip_statistics(
     argmax = tl.full([M], NO_COLUMN, tl.int32)
     for vocab_tile in range(strip * per_strip, tl.minimum((strip + 1) * per_strip, vocab_tiles)):
         column = vocab_tile * N + tl.arange(0, N)
-        in_vocab = column < V
+        in_vocab = column < columns
         z = project(
             x, weight, bias, token, column, in_vocab, H, stride_xn, stride_xh, stride_wv, stride_wh,
             BIAS, EVEN_K, M, N, K,
@@ -124,29 +129,20 @@ def strip_statistics(
 
 
 @triton.jit
-def finish_tokens(
-    labels, valid_position, target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
-    class_weight, class_weight_sum,
-    loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
-    num_tokens, V, strips, ignore_index, smoothing, lse_square_scale,
-    PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, PREDICTED: tl.constexpr,
-    TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+def merge_strips(
+    position, valid, strip_max, strip_sum, strip_smooth, strip_argmax, stride, strips,
+    ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of tokens,). Merge a token's strips, in order, and store its loss, metrics and statistics."""
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    in_range = token < num_tokens
-    label = tl.load(labels + token, mask=in_range, other=0)
-    position = tl.load(valid_position + token, mask=in_range, other=-1).to(tl.int64)
-    valid = position >= 0
+    """Statistics of the tokens at ``position`` over all strips, which are ``stride`` apart, merged in order."""
     row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     smooth = tl.zeros([BLOCK], tl.float32)
     argmax = tl.full([BLOCK], NO_COLUMN, tl.int32)
     for strip in range(strips):
-        at = strip * num_tokens + position
+        at = strip * stride + position
         top = tl.load(strip_max + at, mask=valid, other=float("-inf"))
         part = tl.load(strip_sum + at, mask=valid, other=0.0)
-        if ACCURACY or PREDICTED:
+        if ARGMAX:
             column = tl.load(strip_argmax + at, mask=valid, other=NO_COLUMN)
             argmax = merge_argmax(row_max, argmax, top, column)
         new_max = tl.maximum(row_max, top)
@@ -155,7 +151,43 @@ def finish_tokens(
         row_max = new_max
         if SMOOTHING:
             smooth += tl.load(strip_smooth + at, mask=valid, other=0.0)
-    target = tl.load(target_logit + position, mask=valid, other=0.0)
+    return row_max, row_sum, smooth, argmax
+
+
+@triton.jit
+def finish_tokens(
+    labels, valid_position, target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
+    class_weight, class_weight_sum,
+    loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+    num_tokens, V, stride, strips, ignore_index, smoothing, lse_square_scale,
+    SHARDS: tl.constexpr, PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr,
+    PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of tokens,). Merge a token's strips, in order, and store its loss, metrics and statistics.
+
+    Strips lie ``stride`` apart, a valid token at its position in each, and one logit of its label serves all. With
+    ``SHARDS`` they are the vocab's shards, a token at its own place; one of them has its label's logit, the others 0.
+    """
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_range = token < num_tokens
+    label = tl.load(labels + token, mask=in_range, other=0)
+    if SHARDS:
+        position = token.to(tl.int64)
+        valid = in_range & is_valid(label, ignore_index, V)
+    else:
+        position = tl.load(valid_position + token, mask=in_range, other=-1).to(tl.int64)
+        valid = position >= 0
+    row_max, row_sum, smooth, argmax = merge_strips(
+        position, valid, strip_max, strip_sum, strip_smooth, strip_argmax, stride, strips,
+        ACCURACY or PREDICTED, SMOOTHING, BLOCK,
+    )  # fmt: skip
+    if SHARDS:
+        target = tl.zeros([BLOCK], tl.float32)
+        for shard in range(strips):
+            target += tl.load(target_logit + shard * stride + position, mask=valid, other=0.0)
+    else:
+        target = tl.load(target_logit + position, mask=valid, other=0.0)
     store_token(
         token, in_range, label, row_max, tl.log(row_sum), target, 0.0, smooth, argmax,
         class_weight, class_weight_sum,
@@ -166,14 +198,44 @@ def finish_tokens(
 
 
 @triton.jit
+def finish_shard(
+    labels, first_class, valid_position, target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
+    shard_max, shard_sum, shard_target, shard_smooth, shard_argmax, num_tokens, columns, strips,
+    ARGMAX: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of tokens,). Merge a token's strips into what this shard of the vocab knows of it, (tokens,) each.
+
+    The argmax is a class, or a NaN's class offset to below 0; the label's logit is 0 where another shard holds it.
+    """
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    in_range = token < num_tokens
+    position = tl.load(valid_position + token, mask=in_range, other=-1).to(tl.int64)
+    valid = position >= 0
+    row_max, row_sum, smooth, argmax = merge_strips(
+        position, valid, strip_max, strip_sum, strip_smooth, strip_argmax, num_tokens, strips,
+        ARGMAX, SMOOTHING, BLOCK,
+    )  # fmt: skip
+    first = tl.load(first_class)
+    column = tl.load(labels + token, mask=in_range, other=0).to(tl.int64) - first
+    here = valid & (column >= 0) & (column < columns)
+    tl.store(shard_max + token, row_max, mask=in_range)
+    tl.store(shard_sum + token, row_sum, mask=in_range)
+    tl.store(shard_target + token, tl.load(target_logit + position, mask=here, other=0.0), mask=in_range)
+    if SMOOTHING:
+        tl.store(shard_smooth + token, smooth, mask=in_range)
+    if ARGMAX:
+        tl.store(shard_argmax + token, tl.where(valid, argmax + first, NO_COLUMN), mask=in_range)
+
+
+@triton.jit
 def slab_gradient(
-    x, weight, bias, labels, class_weight, class_weight_sum, valid_tokens, num_valid,
+    x, weight, bias, labels, class_weight, class_weight_sum, first_class, valid_tokens, num_valid,
     saved_max, saved_log_sum, token_scale, divisors, grad_loss, slab,
-    stride_xn, stride_xh, stride_wv, stride_wh, grad_stride, num_tokens, V, H, first_column, slab_columns, slab_stride,
-    ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
-    MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    Z_LOSS: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    stride_xn, stride_xh, stride_wv, stride_wh, group_tokens, num_tokens, V, H,
+    first_column, slab_columns, slab_stride, logit_scale, softcap, smoothing, lse_square_scale,
+    SHARDED: tl.constexpr, MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * vocab tiles of the slab,). ``slab`` (tokens, slab_columns): gradient of the raw logits of the
@@ -203,10 +265,14 @@ def slab_gradient(
     log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
     soft, target, uniform = gradient_coefficients(
         token, label, inside, row_max, log_sum,
-        grad_loss, grad_stride, divisors, token_scale, class_weight, class_weight_sum,
+        grad_loss, group_tokens, divisors, token_scale, class_weight, class_weight_sum,
         V, smoothing, lse_square_scale,
         MEAN, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING, Z_LOSS,
     )  # fmt: skip
+    if SHARDED:  # from here on classes are numbered as this shard's columns
+        label -= tl.load(first_class)
+        if CLASS_WEIGHT:
+            class_weight += tl.load(first_class)
     g = logits_gradient(
         z, column[None, :], in_slab[None, :], label[:, None], row_max[:, None], log_sum[:, None],
         soft[:, None], target[:, None], uniform[:, None],

@@ -118,19 +118,23 @@ def is_valid(label, ignore_index, V):
 @triton.jit
 def gradient_coefficients(
     token, label, valid, row_max, log_sum,
-    grad_loss, grad_stride, divisors, token_scale, class_weight, class_weight_sum,
+    grad_loss, group_tokens, divisors, token_scale, class_weight, class_weight_sum,
     V, smoothing, lse_square_scale,
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """Row factors of ``dL/dz_v = target * (p_v - [v == label]) + soft * p_v - uniform * w_v``, upstream included."""
-    g = tl.load(grad_loss + token * grad_stride, mask=valid, other=0.0)
+    """Row factors of ``dL/dz_v = target * (p_v - [v == label]) + soft * p_v - uniform * w_v``, upstream included.
+
+    Each group of ``group_tokens`` tokens has its own upstream gradient and divisors.
+    """
+    group = token // group_tokens
+    g = tl.load(grad_loss + group, mask=valid, other=0.0)
     if TOKEN_SCALING:
         g = g * tl.load(token_scale + token, mask=valid, other=0.0)
     g_z = g
     if MEAN:
-        g_z = g * tl.load(divisors + 1)
-        g = g * tl.load(divisors)
+        g_z = g * tl.load(divisors + 2 * group + 1, mask=valid, other=0.0)
+        g = g * tl.load(divisors + 2 * group, mask=valid, other=0.0)
     target = g
     soft = g * 0.0
     uniform = soft

@@ -88,23 +88,25 @@ def store_token(
 @triton.jit
 def reduce_tokens(
     labels, token_loss, token_z_loss, token_correct, class_weight, loss, z_loss, accuracy, divisors,
-    N, V, ignore_index,
+    group_tokens, V, ignore_index,
     MEAN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum or mean over tokens, in a fixed order. One program.
+    """Grid (groups,). Sum or mean over a group's tokens, in a fixed order.
 
     ``"mean"`` divides the losses by the sum of the valid tokens' class weights and the z-losses by their count; a
-    divisor of 0 gives 0. ``divisors`` receives both reciprocals for the backward pass.
+    divisor of 0 gives 0. ``divisors`` (groups, 2) receives both reciprocals for the backward pass.
     """
+    group = tl.program_id(0)
+    first_token = group.to(tl.int64) * group_tokens
     sum_loss = tl.zeros([BLOCK], tl.float32)
     sum_z = tl.zeros([BLOCK], tl.float32)
     sum_correct = tl.zeros([BLOCK], tl.float32)
     sum_weight = tl.zeros([BLOCK], tl.float32)
     count = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        inside = token < N
+    for start in range(0, group_tokens, BLOCK):
+        inside = start + tl.arange(0, BLOCK) < group_tokens
+        token = first_token + start + tl.arange(0, BLOCK)
         label = tl.load(labels + token, mask=inside, other=0)
         valid = inside & is_valid(label, ignore_index, V)
         count += valid.to(tl.float32)
@@ -121,12 +123,12 @@ def reduce_tokens(
         weights = tl.sum(sum_weight, 0) if CLASS_WEIGHT else num_valid
         by_weight = tl.where(weights == 0.0, 0.0, 1.0 / weights)
         by_count = tl.where(num_valid == 0.0, 0.0, 1.0 / num_valid)
-        tl.store(divisors, by_weight)
-        tl.store(divisors + 1, by_count)
+        tl.store(divisors + 2 * group, by_weight)
+        tl.store(divisors + 2 * group + 1, by_count)
         total_loss = total_loss * by_weight
         total_z = total_z * by_count
-    tl.store(loss, total_loss + total_z)
+    tl.store(loss + group, total_loss + total_z)
     if Z_OUTPUT:
-        tl.store(z_loss, total_z)
+        tl.store(z_loss + group, total_z)
     if ACCURACY:
-        tl.store(accuracy, tl.where(num_valid == 0.0, 0.0, tl.sum(sum_correct, 0) / num_valid))
+        tl.store(accuracy + group, tl.where(num_valid == 0.0, 0.0, tl.sum(sum_correct, 0) / num_valid))

@@ -113,18 +113,6 @@ def assert_all_same_bits(actual: Arguments, wanted: Arguments) -> None:
         assert_same_bits(tensor, wanted[name])
 
 
-def record_backward_plans(monkeypatch: pytest.MonkeyPatch) -> list[core.Plan]:
-    """The backward plans that are made from here on."""
-    plans: list[core.Plan] = []
-
-    def plan_backward(*arguments: Any) -> core.Plan:
-        plans.append(core.plan_backward(*arguments))
-        return plans[-1]
-
-    monkeypatch.setattr(autograd, "plan_backward", plan_backward)
-    return plans
-
-
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[core.Plan]:
     """The plans that are launched from here on."""
     plans: list[core.Plan] = []

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 import torch_api
-from core_kernels import Options, linear_problem, plan_backward, plan_forward
+from core_kernels import plan
 from core_kernels.engine import choose_engine
-from core_kernels.problem import Argument
-from tests.core_kernels.problems import HIDDEN, VOCAB
 from tests.torch_api.calls import (
     LOSSES,
     REDUCTIONS,
@@ -370,7 +368,7 @@ def test_the_torch_engine_by_name(device: torch.device, monkeypatch: pytest.Monk
     arguments = random_arguments(loss_fn, device)
     loss = loss_fn(**arguments, engine="torch")
     answers = gradients(loss, arguments)
-    assert [plan.engine for plan in launches] == ["torch", "torch"]
+    assert [launched.engine for launched in launches] == ["torch", "torch"]
     wanted = expected(loss_fn, arguments)
     assert_close(loss, wanted.loss)
     assert_gradients_close(answers, wanted.gradients)
@@ -383,11 +381,12 @@ def test_the_automatic_engine_is_the_kernels_wherever_they_run(
     launches = record_launches(monkeypatch)
     arguments = random_arguments(loss_fn, device)
     gradients(loss_fn(**arguments), arguments)
-    assert [plan.engine for plan in launches] == [choose_engine("auto", device)] * 2
+    assert [launched.engine for launched in launches] == [choose_engine("auto", device)] * 2
 
 
 @every_loss
 def test_the_triton_engine_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.MonkeyPatch, loss_fn: Loss) -> None:
+    plan.cache_clear()  # plans outlive a change of the environment
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="engine='triton' needs a GPU, or TRITON_INTERPRET=1 set before Python starts"):
         loss_fn(**random_arguments(loss_fn, torch.device("cpu")), engine="triton")
@@ -397,78 +396,6 @@ def test_the_triton_engine_needs_a_gpu_or_the_interpreter(monkeypatch: pytest.Mo
 def test_check_labels_changes_no_bit(device: torch.device, loss_fn: Loss) -> None:
     arguments = random_arguments(loss_fn, device)
     assert_same_bits(loss_fn(**arguments, check_labels=True), loss_fn(**arguments))
-
-
-# ---- memory
-
-
-def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, int, int]:
-    """Arguments whose vocab spans four slabs of the least size; the bytes of one slab, and of the rest."""
-    arguments = {name: t.detach() for name, t in random_arguments(fused_linear_cross_entropy, device).items()}
-    tokens = arguments["target"].numel()
-    forward = plan_forward(
-        linear_problem(
-            Argument("input", (tokens, HIDDEN), dtype),
-            Argument("weight", (VOCAB, HIDDEN), dtype),
-            Argument("target", (tokens,), torch.int64),
-            None,
-            None,
-        ),
-        Options(),
-        device,
-    )
-    vocab = 3 * forward.tile.n + 5
-    torch.manual_seed(2)
-    leaves = {
-        "input": torch.randn(tokens, HIDDEN),
-        "weight": 0.5 * torch.randn(vocab, HIDDEN),
-        "bias": torch.randn(vocab),
-    }
-    arguments |= {name: leaf.to(device, dtype).requires_grad_() for name, leaf in leaves.items()}
-    del arguments["ce_weight"]
-
-    workspace = plan_backward(forward, ["x", "weight"]).workspace
-    (slab,) = (buffer for buffer in workspace if buffer.name == "slab")
-    rest = sum(buffer.nbytes for buffer in workspace) - slab.nbytes
-    return arguments, tokens * forward.tile.n * slab.dtype.itemsize, rest
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_does_not_change_the_result(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    launches = record_launches(monkeypatch)
-    arguments, slab, rest = slab_problem(device, dtype)
-    results = []
-    for memory in ("speed", "auto", "lean", rest + slab, rest + 2 * slab, rest + 3 * slab):
-        loss = fused_linear_cross_entropy(**arguments, label_smoothing=0.1, memory=memory)
-        results.append({"loss": loss} | gradients(loss, arguments))
-    backward = [plan for plan in launches if plan.backward]
-    tile = backward[0].tile.n
-    vocab = len(arguments["weight"])
-    assert [plan.slab for plan in backward] == [vocab, vocab, vocab, tile, 2 * tile, 3 * tile]
-
-    first, *others = results
-    for other in others:
-        if backward[0].engine == "triton":
-            assert_all_same_bits(other, first)
-        else:  # the products' shapes decide in which order the BLAS sums
-            torch.testing.assert_close(other, first, rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-6)
-
-
-@pytest.mark.parametrize("memory", [0, 1, 100])
-def test_too_little_memory_raises(device: torch.device, memory: int) -> None:
-    arguments, _, _ = slab_problem(device, torch.float32)
-    with pytest.raises(ValueError, match=f"memory={memory} bytes are too few: this call needs at least [0-9]+"):
-        fused_linear_cross_entropy(**arguments, memory=memory)
-
-
-def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) -> None:
-    arguments, slab, rest = slab_problem(device, torch.float32)
-    memory = rest + slab - 1
-    message = f"memory={memory} bytes are too few: this call needs at least {rest + slab}"
-    with pytest.raises(ValueError, match=message):
-        fused_linear_cross_entropy(**arguments, memory=memory).backward()
 
 
 def test_functions_take_no_unknown_option(device: torch.device) -> None:

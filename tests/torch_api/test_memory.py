@@ -1,4 +1,4 @@
-"""What a call costs on a GPU: peak memory, and never a wait for the device."""
+"""What a call may cost: the slab that ``memory`` allows; on a GPU, peak memory and never a wait for the device."""
 
 from __future__ import annotations
 
@@ -7,22 +7,95 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from core_kernels import Plan
+from core_kernels import Argument, Options, Plan, Step, linear_problem, plan
 from core_kernels.plan import MIB
+from tests.core_kernels.problems import HIDDEN, VOCAB
 from tests.support import on_gpu, waiting_raises
 from tests.torch_api.calls import (
     LOSSES,
+    Arguments,
     Loss,
     assert_all_same_bits,
+    gradients,
     random_arguments,
     record_launches,
 )
 from torch_api import fused_linear_cross_entropy
 
-pytestmark = pytest.mark.skipif(not on_gpu(), reason="needs a GPU's allocator and streams")
+gpu_only = pytest.mark.skipif(not on_gpu(), reason="needs a GPU's allocator and streams")
 
-TOKENS, HIDDEN, VOCAB = 8192, 512, 65536
-LOGITS_BYTES = TOKENS * VOCAB * torch.bfloat16.itemsize
+
+# ---- the slab
+
+
+def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, int, int]:
+    """Arguments whose vocab spans four slabs of the least size; the bytes of one slab, and of the rest."""
+    arguments = {name: t.detach() for name, t in random_arguments(fused_linear_cross_entropy, device).items()}
+    tokens = arguments["target"].numel()
+    problem = linear_problem(
+        Argument("input", (tokens, HIDDEN), dtype),
+        Argument("weight", (VOCAB, HIDDEN), dtype),
+        Argument("target", (tokens,), torch.int64),
+        None,
+        None,
+    )
+    planned = plan(Step("loss", problem, Options()).gradient(["x", "weight"]), device)
+    vocab = 3 * planned.tile.n + 5
+    torch.manual_seed(2)
+    leaves = {
+        "input": torch.randn(tokens, HIDDEN),
+        "weight": 0.5 * torch.randn(vocab, HIDDEN),
+        "bias": torch.randn(vocab),
+    }
+    arguments |= {name: leaf.to(device, dtype).requires_grad_() for name, leaf in leaves.items()}
+    del arguments["ce_weight"]
+
+    (slab,) = (buffer for buffer in planned.workspace if buffer.name == "slab")
+    return arguments, tokens * planned.tile.n * slab.dtype.itemsize, planned.workspace_bytes - slab.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_does_not_change_the_result(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    launches = record_launches(monkeypatch)
+    arguments, slab, rest = slab_problem(device, dtype)
+    results = []
+    for memory in ("speed", "auto", "lean", rest + slab, rest + 2 * slab, rest + 3 * slab):
+        loss = fused_linear_cross_entropy(**arguments, label_smoothing=0.1, memory=memory)
+        results.append({"loss": loss} | gradients(loss, arguments))
+    backward = [launched for launched in launches if launched.step.kind == "gradient"]
+    tile = backward[0].tile.n
+    vocab = len(arguments["weight"])
+    assert [launched.slab for launched in backward] == [vocab, vocab, vocab, tile, 2 * tile, 3 * tile]
+
+    first, *others = results
+    for other in others:
+        if backward[0].engine == "triton":
+            assert_all_same_bits(other, first)
+        else:  # the products' shapes decide in which order the BLAS sums
+            torch.testing.assert_close(other, first, rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", [0, 1, 100])
+def test_too_little_memory_raises(device: torch.device, memory: int) -> None:
+    arguments, _, _ = slab_problem(device, torch.float32)
+    with pytest.raises(ValueError, match=f"memory={memory} bytes are too few: this call needs at least [0-9]+"):
+        fused_linear_cross_entropy(**arguments, memory=memory)
+
+
+def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) -> None:
+    arguments, slab, rest = slab_problem(device, torch.float32)
+    memory = rest + slab - 1
+    message = f"memory={memory} bytes are too few: this call needs at least {rest + slab}"
+    with pytest.raises(ValueError, match=message):
+        fused_linear_cross_entropy(**arguments, memory=memory).backward()
+
+
+# ---- on a GPU
+
+LARGE_TOKENS, LARGE_HIDDEN, LARGE_VOCAB = 8192, 512, 65536
+LARGE_LOGITS_BYTES = LARGE_TOKENS * LARGE_VOCAB * torch.bfloat16.itemsize
 
 
 def growth_of_peak(call: Callable[[], object]) -> int:
@@ -40,11 +113,12 @@ def planned_bytes(*plans: Plan) -> int:
     return sum(buffer.nbytes + MIB for plan in plans for buffer in plan.buffers)
 
 
+@gpu_only
 def test_logits_are_never_whole_in_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    x = torch.randn(TOKENS, HIDDEN, device=device, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(VOCAB, HIDDEN, device=device, dtype=torch.bfloat16).mul_(0.05).requires_grad_()
-    target = torch.randint(0, VOCAB, (TOKENS,), device=device)
+    x = torch.randn(LARGE_TOKENS, LARGE_HIDDEN, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(LARGE_VOCAB, LARGE_HIDDEN, device=device, dtype=torch.bfloat16).mul_(0.05).requires_grad_()
+    target = torch.randint(0, LARGE_VOCAB, (LARGE_TOKENS,), device=device)
 
     def evaluate() -> torch.Tensor:
         with torch.no_grad():
@@ -62,11 +136,12 @@ def test_logits_are_never_whole_in_memory(device: torch.device, monkeypatch: pyt
     training_bytes = growth_of_peak(train)
     evaluation, forward, backward = launches
     assert evaluation_bytes <= planned_bytes(evaluation)
-    assert evaluation_bytes < LOGITS_BYTES / 50
+    assert evaluation_bytes < LARGE_LOGITS_BYTES / 50
     assert training_bytes <= planned_bytes(forward, backward)
-    assert training_bytes < LOGITS_BYTES / 4
+    assert training_bytes < LARGE_LOGITS_BYTES / 4
 
 
+@gpu_only
 @pytest.mark.parametrize("loss_fn", LOSSES)
 def test_a_step_never_waits_for_the_gpu(device: torch.device, loss_fn: Loss) -> None:
     arguments = random_arguments(loss_fn, device)

@@ -1,0 +1,146 @@
+"""Steps: what a launch computes, reads and fills, on any device. Computed from shapes, dtypes and options alone.
+
+Steps are frozen and hash by value, so they can be static parameters of a compiled program that is traced before its
+device is known; a plan says how a step runs on one.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from core_kernels.engine import ENGINES
+from core_kernels.options import Options
+from core_kernels.problem import Problem
+
+MEMORY = ("lean", "auto", "speed")
+# Rows of the statistics that a shard of the vocab contributes of each token.
+SHARD_MAX, SHARD_SUM, SHARD_TARGET = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that the caller provides: contiguous, uninitialised, on the inputs' device."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """One launch's part of a loss. ``kind`` is one of
+
+    - ``"loss"``: the loss and the metrics of a whole vocab;
+    - ``"shard"``: what one shard of the vocab knows of each token, and
+    - ``"combine"``: the loss and the metrics, from what every shard knows, side by side;
+    - ``"gradient"``: gradients by the inputs that ``wanted`` names, on a whole vocab or on one shard.
+
+    ``engine`` and ``memory`` are wishes that the plan heeds; ``index_dtype`` is that of the predictions.
+    """
+
+    kind: str
+    problem: Problem
+    options: Options
+    engine: str = "auto"
+    memory: str | int = "auto"
+    index_dtype: torch.dtype = torch.int64
+    wanted: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of 'auto', 'triton' and 'torch', got {self.engine!r}")
+        memory = self.memory
+        if isinstance(memory, bool) or not isinstance(memory, (str, int)):
+            raise TypeError(f"memory must be 'auto', 'speed', 'lean' or a number of bytes, got {memory!r}")
+        if isinstance(memory, str) and memory not in MEMORY:
+            raise ValueError(f"memory must be 'auto', 'speed', 'lean' or a number of bytes, got {memory!r}")
+
+    def of_kind(self, kind: str) -> Step:
+        return replace(self, kind=kind)
+
+    def gradient(self, wanted: Iterable[str]) -> Step:
+        """The step back: ``wanted`` names inputs among ``logits``, ``x``, ``weight`` and ``bias``."""
+        return replace(self, kind="gradient", wanted=tuple(wanted))
+
+    @functools.cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what it reads, in order."""
+        problem = self.problem
+        class_weight = ("class_weight",) if problem.has_class_weight else ()
+        if self.kind == "combine":
+            return ("labels", *class_weight, "shard_statistics")
+        names = ["logits", "labels"] if problem.hidden is None else ["x", "weight", "labels"]
+        names += ["bias"] if problem.has_bias else []
+        names += class_weight
+        names += [] if problem.shards is None else ["first_class"]
+        if self.kind == "gradient":
+            names += [*(buffer.name for buffer in self.of_kind("loss").saved), "grad_loss"]
+        return tuple(names)
+
+    @functools.cached_property
+    def outputs(self) -> tuple[Buffer, ...]:
+        """What it is run for."""
+        problem, options, n = self.problem, self.options, self.problem.tokens
+        if self.kind == "shard":
+            return (Buffer("shard_statistics", (self.shard_rows, n), torch.int32),)
+        if self.kind == "gradient":
+            shapes: dict[str, tuple[int, ...]] = {"logits": (n, problem.vocab)}
+            if problem.hidden is not None:
+                columns, hidden = problem.columns, problem.hidden
+                shapes = {"x": (n, hidden), "weight": (columns, hidden), "bias": (columns,)}
+            return tuple(
+                Buffer(f"grad_{name}", shape, problem.dtype) for name, shape in shapes.items() if name in self.wanted
+            )
+        reduced = (n,) if options.per_token else problem.groups
+        outputs = [Buffer("loss", reduced, torch.float32)]
+        if options.return_z_loss:
+            outputs.append(Buffer("z_loss", reduced, torch.float32))
+        if options.return_token_accuracy:
+            outputs.append(Buffer("token_accuracy", reduced, torch.float32))
+        if options.return_predicted_tokens:
+            outputs.append(Buffer("predicted_tokens", (n,), self.index_dtype))
+        return tuple(outputs)
+
+    @functools.cached_property
+    def saved(self) -> tuple[Buffer, ...]:
+        """What it leaves for the gradient, beside the inputs. ``lse = row_max + log_sum``: the sum would round."""
+        if self.kind not in ("loss", "combine"):
+            return ()
+        n = self.problem.tokens
+        saved = [Buffer("row_max", (n,), torch.float32), Buffer("log_sum", (n,), torch.float32)]
+        if self.options.use_token_scaling:
+            saved.append(Buffer("token_scale", (n,), torch.float32))
+        if self.options.reduction == "mean":
+            saved.append(Buffer("divisors", (*self.problem.groups, 2), torch.float32))
+        if self.sums_class_weight:
+            saved.append(Buffer("class_weight_sum", (1,), torch.float32))
+        return tuple(saved)
+
+    @property
+    def sums_class_weight(self) -> bool:
+        return self.problem.has_class_weight and self.options.label_smoothing > 0
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of ``shard_statistics``: maximum, sum of exponentials, the label's logit, and these if they are needed.
+
+        They travel as int32, since a collective may flush a denormal float: floats are kept by their bits.
+        """
+        return 3 + (self.options.label_smoothing > 0) + self.options.needs_argmax
+
+    @property
+    def shard_smooth(self) -> int:
+        return 3
+
+    @property
+    def shard_argmax(self) -> int:
+        return self.shard_rows - 1
