@@ -95,10 +95,9 @@ def twinhead_jax(**options) -> Prepare:
         import jax_api
 
         def loss(x, weight, labels):
-            out = jax_api.fused_linear_ce(x, weight, labels, **options)
-            return out.loss if isinstance(out, jax_api.CrossEntropyOutput) else out
+            return jax_api.fused_linear_ce(x, weight, labels, **options)
 
-        return _jax_step(problem, loss)
+        return JaxStep(problem, loss, {"xla_gpu_graph_min_graph_size": 1} if options.get("cuda_graph") else None)
 
     return prepare
 
@@ -112,22 +111,56 @@ def full_logits_jax(problem: Problem) -> Callable[[], tuple]:
         logits = (x @ weight.T).astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    return _jax_step(problem, loss)
+    return JaxStep(problem, loss)
 
 
-def _jax_step(problem: Problem, loss: Callable) -> Callable[[], tuple]:
+def chunked_jax(problem: Problem, chunk: int = 4096) -> Callable[[], tuple]:
+    """optax's loss over the logits of some tokens at a time, computed again in the backward pass."""
     import jax
     import jax.numpy as jnp
+    import optax
 
-    x, weight = (jnp.from_dlpack(t.detach()) for t in (problem.x, problem.weight))
-    labels = jnp.from_dlpack(problem.labels.int())
-    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    def loss(x, weight, labels):
+        @jax.checkpoint
+        def of_chunk(tokens):
+            logits = (tokens[0] @ weight.T).astype(jnp.float32)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1]).sum()
 
-    def run() -> tuple:
-        value, (grad_x, grad_weight) = jax.block_until_ready(step(x, weight, labels))
-        return value, grad_x, grad_weight
+        size = min(chunk, len(labels))
+        chunks = x.reshape(-1, size, x.shape[1]), labels.reshape(-1, size)
+        return jax.lax.map(of_chunk, chunks).sum() / len(labels)
 
-    return run
+    return JaxStep(problem, loss)
+
+
+def tokamax(problem: Problem) -> Callable[[], tuple]:
+    from absl import flags
+    from tokamax import linear_softmax_cross_entropy_loss
+
+    flags.FLAGS.mark_as_parsed()  # its own, which it would look for on our command line
+    return JaxStep(problem, lambda x, weight, labels: linear_softmax_cross_entropy_loss(
+        x, labels, weight.T, reduction="mean", implementation="xla"
+    ))  # fmt: skip
+
+
+class JaxStep:
+    """Loss and gradients, compiled; ``extra_mib`` is what XLA plans beside arguments and results."""
+
+    def __init__(self, problem: Problem, loss: Callable, compiler_options: dict | None = None) -> None:
+        import jax
+        import jax.numpy as jnp
+
+        x, weight = (jnp.from_dlpack(t.detach()) for t in (problem.x, problem.weight))
+        self.arguments = x, weight, jnp.from_dlpack(problem.labels.int())
+        step = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=compiler_options)
+        self.step = step.lower(*self.arguments).compile()
+        self.extra_mib = self.step.memory_analysis().temp_size_in_bytes / 2**20
+
+    def __call__(self) -> tuple:
+        value, gradients = self.step(*self.arguments)
+        for result in (value, *gradients):
+            result.block_until_ready()
+        return value, *gradients
 
 
 def training_contenders() -> dict[str, Prepare]:
@@ -143,7 +176,11 @@ def training_contenders() -> dict[str, Prepare]:
         found["liger"] = liger
     if importlib.util.find_spec("jax") and importlib.util.find_spec("optax"):
         found["twinhead jax"] = twinhead_jax()
+        found["twinhead jax, cuda graph"] = twinhead_jax(cuda_graph=True)
         found["jax, full logits"] = full_logits_jax
+        found["jax, lax.map and checkpoint"] = chunked_jax
+        if importlib.util.find_spec("tokamax"):
+            found["tokamax"] = tokamax
     return found
 
 

@@ -85,7 +85,6 @@ def seconds(step) -> float:
     return time.perf_counter() - start
 
 
-
 def extra_memory(step) -> float:
     """Peak MiB of a torch step beyond its inputs and its gradients; a step has run before, so both are held already."""
     gc.collect()
@@ -95,6 +94,10 @@ def extra_memory(step) -> float:
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / MIB
+
+
+def same_bits(results: tuple, others: tuple) -> bool:
+    return all(torch.equal(torch.from_dlpack(a), torch.from_dlpack(b)) for a, b in zip(results, others, strict=True))
 
 
 def relative_error(value, expected: Tensor) -> float:
@@ -136,8 +139,9 @@ def checked(problem: Problem, expected: Step, contenders: dict) -> dict[str, tup
             row = errors(step(), expected)
             if max(row.values()) > 0.02:
                 raise AssertionError(f"wrong results: {row}")
-            if "jax" not in label:  # torch's allocator does not see XLA's memory
-                row["extra_mib"] = extra_memory(step)
+            row["extra_mib"] = step.extra_mib if hasattr(step, "extra_mib") else extra_memory(step)
+            if label.startswith("twinhead jax"):
+                row["bits_of_torch"] = same_bits(step(), steps["twinhead torch"][0]())
             steps[label] = step, row
         except Exception as error:
             steps[label] = None, {"failed": f"{error!r:.300}"}
@@ -170,7 +174,7 @@ def take_turns(steps: dict, rounds: int) -> dict[str, list[float]]:
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "jax", "liger-kernel"):
+    for package in ("torch", "triton", "jax", "liger-kernel", "tokamax"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -100,10 +100,13 @@ def held_out_batches(
     return [next_token(part) for part in np.split(windows, batches)]
 
 
-def passage_start(text: list[str], length: int) -> int:
-    """Where a passage of `length` tokens to show begins: a function definition near the middle of the text."""
+def passage_window(corpus: Corpus, length: int) -> slice:
+    """The `length` held-out tokens of a passage to show, and the one before them.
+
+    It begins with a function definition near the middle of the text.
+    """
+    text = corpus.held_out_text
     middle = len(text) // 2
-    for start in range(middle, len(text) - length):
-        if "\n" in text[start] and text[start + 1] == "def":
-            return start
-    return middle
+    starts = range(middle, len(text) - length - 1)
+    start = next((i for i in starts if "\n" in text[i] and text[i + 1] == "def"), middle)
+    return slice(start, start + length + 1)

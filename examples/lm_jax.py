@@ -41,16 +41,20 @@ def decoder(config: ModelConfig, weights: Weights, ids: jax.Array) -> jax.Array:
         return rms_norm(x, weights["norm.weight"], config.norm_eps)
 
 
+def make_optimizer(adamw: AdamWConfig) -> optax.GradientTransformation:
+    learning_rates = jnp.asarray(adamw.learning_rates())
+    return optax.adamw(
+        lambda count: learning_rates[count], *adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
+    )
+
+
 class JaxTrainer:
     """Implements `model.Trainer`, on JAX's default device."""
 
     def __init__(self, config: ModelConfig, adamw: AdamWConfig, weights: dict[str, np.ndarray]) -> None:
         self.device = jax.default_backend()
         self.weights = {name: jnp.asarray(weight) for name, weight in weights.items()}
-        learning_rates = jnp.asarray(adamw.learning_rates())
-        optimizer = optax.adamw(
-            lambda count: learning_rates[count], *adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
-        )
+        optimizer = make_optimizer(adamw)
         self.optimizer_state = optimizer.init(self.weights)
 
         def loss(weights: Weights, inputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, CrossEntropyOutput]:

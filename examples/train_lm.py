@@ -22,7 +22,7 @@ from corpus import (
     held_out_batches,
     load_corpus,
     next_token,
-    passage_start,
+    passage_window,
     training_batches,
 )
 from model import AdamWConfig, ModelConfig, Trainer, initial_weights
@@ -57,12 +57,6 @@ def evaluate(trainer: Trainer, batches: list[tuple[np.ndarray, np.ndarray]]) -> 
     )
 
 
-def passage_window(corpus: Corpus) -> slice:
-    """The held-out tokens to print, and the one before them."""
-    start = passage_start(corpus.held_out_text, PASSAGE + 1)
-    return slice(start, start + PASSAGE + 1)
-
-
 def train(frontend: str, config: ModelConfig, corpus: Corpus, steps: int, batch_size: int, seed: int) -> Run:
     """Train in one frontend, looking at the held-out text now and then, and predict the passage at the end."""
     trainer = make_trainer(frontend, config, AdamWConfig(steps), initial_weights(config, seed))
@@ -83,7 +77,7 @@ def train(frontend: str, config: ModelConfig, corpus: Corpus, steps: int, batch_
     run.held_out.append((steps, *evaluate(trainer, held_out)))
     run.tokens_per_second = batch_size * config.context / statistics.median(seconds)
     run.seconds = sum(seconds)
-    run.passage = trainer.evaluate(*next_token(corpus.held_out[None, passage_window(corpus)])).predicted[0]
+    run.passage = trainer.evaluate(*next_token(corpus.held_out[None, passage_window(corpus, PASSAGE)])).predicted[0]
     return run
 
 
@@ -109,7 +103,7 @@ def main() -> None:
     frontends = ("torch", "jax") if args.frontend == "both" else (args.frontend,)
     runs = [train(frontend, config, corpus, args.steps, args.batch_size, args.seed) for frontend in frontends]
 
-    window = passage_window(corpus)
+    window = passage_window(corpus, PASSAGE)
     _, labels = next_token(corpus.held_out[None, window])
     print_passage(runs, corpus.held_out_text[window], labels[0], corpus.vocabulary)
     print_runs(runs, uniform, unigram)
