@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 
 import jax_api
+from jax_api import CrossEntropyOutput
 from tests.jax_api import reference
 from tests.parity import oracle
 from tests.support import interpreting
 
 Arrays = dict[str, jax.Array]
+Loss = Callable[[Arrays], jax.Array]
 
 TOKENS, VOCAB, HIDDEN = 7, 70, 10  # several tiles of the vocabulary, the last one ragged
 IGNORED = -100
 OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.02, "softcap": 6.0, "logit_scale": 0.8}
+METRICS = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+UPSTREAM = -1.7
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,29 @@ LOGITS = Operation("logits", jax_api.cross_entropy, reference.cross_entropy, ora
 
 each_operation = pytest.mark.parametrize("operation", (LINEAR, LOGITS), ids=lambda operation: operation.name)
 eager_and_jit = pytest.mark.parametrize("transform", (lambda function: function, jax.jit), ids=("eager", "jit"))
+
+
+def gradient(loss: Loss) -> Callable[[Arrays], Arrays]:
+    """Its upstream gradient is not 1."""
+    return jax.grad(lambda primals: UPSTREAM * loss(primals))
+
+
+def with_output_as_auxiliary(loss: Callable[[Arrays], CrossEntropyOutput]) -> Callable[[Arrays], Any]:
+    def run(primals: Arrays) -> tuple[jax.Array, CrossEntropyOutput]:
+        out = loss(primals)
+        return out.loss, out
+
+    return run
+
+
+def call_or_trace(call: Callable[..., Any], arguments: dict[str, Any], trace: bool) -> None:
+    """Call plainly, or trace with every JAX array an argument of the program, without compiling or running it."""
+    if not trace:
+        call(**arguments)
+        return
+    arrays = {name: value for name, value in arguments.items() if isinstance(value, jax.Array)}
+    static = {name: value for name, value in arguments.items() if name not in arrays}
+    jax.jit(lambda arrays: call(**arrays, **static)).trace(arrays)
 
 
 def kernels_run() -> bool:

@@ -1,4 +1,4 @@
-"""What the functions of the JAX frontend take and answer with: signatures, outputs, dtypes, shapes, masks, layouts."""
+"""What the functions of the JAX frontend take and answer with: signatures, outputs, dtypes, shapes, layouts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import torch_api
 from jax_api import CrossEntropyOutput, cross_entropy, fused_linear_ce
 from tests.jax_api.problems import (
     HIDDEN,
-    IGNORED,
     LINEAR,
     LOGITS,
+    METRICS,
     OPTIONS,
     VOCAB,
     Arrays,
@@ -31,10 +31,10 @@ from tests.jax_api.problems import (
     each_operation,
     eager_and_jit,
     kernels_run,
+    with_output_as_auxiliary,
     x64_by_config,
 )
 
-METRICS = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
 FIELDS = {
     "return_z_loss": "z_loss",
     "return_token_accuracy": "token_accuracy",
@@ -65,20 +65,20 @@ SHARED_KEYWORDS = {
     "where": None,
     "engine": "auto",
     "check_labels": False,
+    "cuda_graph": False,
 }
 KEYWORDS = {
     cross_entropy: SHARED_KEYWORDS | {"weight": None},
     fused_linear_ce: SHARED_KEYWORDS
-    | {"ce_weight": None, "accum_dtype": None, "use_token_scaling": False, "weight_layout": "vh", "memory": "auto"},
+    | {
+        "ce_weight": None,
+        "accum_dtype": None,
+        "use_token_scaling": False,
+        "weight_layout": "vh",
+        "vocab_axis": None,
+        "memory": "auto",
+    },
 }
-
-
-def with_output_as_auxiliary(loss: Callable[[Arrays], CrossEntropyOutput]) -> Callable[[Arrays], Any]:
-    def run(primals: Arrays) -> tuple[jax.Array, CrossEntropyOutput]:
-        out = loss(primals)
-        return out.loss, out
-
-    return run
 
 
 def defaults(function: Callable[..., Any], kind: Any) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def test_options_have_the_names_and_defaults_of_the_torch_frontend(
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     legacy = {"size_average", "reduce"}  # of torch, deprecated there
-    jax_only = {"where", "weight_layout"}
+    jax_only = {"where", "weight_layout", "vocab_axis", "cuda_graph"}
     theirs_alone = {name: default for name, default in options(theirs).items() if name not in legacy}
     assert {name: default for name, default in options(ours).items() if name not in jax_only} == theirs_alone
 
@@ -279,75 +279,6 @@ def test_an_empty_batch_has_loss_0_and_gradient_0(
     assert_same_bits(gradients, jax.tree.map(jnp.zeros_like, problem.primals))
 
 
-# ---- where
-
-
-def results_of(operation: Operation, problem: Problem, transform: Callable[..., Any], **options: Any) -> Any:
-    """Loss, metrics and gradients of a per-token loss, under the problem's upstream gradient."""
-
-    def run(primals: Arrays, labels: jax.Array, where: jax.Array | None) -> Any:
-        ours, _ = operation.losses(dataclasses.replace(problem, labels=labels), where=where, **METRICS, **options)
-
-        def weighted(p: Arrays) -> tuple[jax.Array, CrossEntropyOutput]:
-            out = ours(p)
-            return (out.loss * problem.upstream).sum(), out
-
-        return jax.value_and_grad(weighted, has_aux=True)(primals)
-
-    where = options.pop("where", None)
-    return transform(run)(problem.primals, problem.labels, where)
-
-
-@pytest.mark.parametrize(
-    ("reduction", "transform"),
-    (("none", lambda function: function), ("mean", jax.jit)),
-    ids=("none, eager", "mean, jit"),
-)
-@each_operation
-def test_where_composes_with_ignore_index(operation: Operation, reduction: str, transform: Callable[..., Any]) -> None:
-    problem = operation.problem()
-    where = jnp.arange(problem.labels.size) % 3 != 1  # also true where the label is ignored already
-    masked = dataclasses.replace(problem, labels=jnp.where(where, problem.labels, IGNORED))
-    options = OPTIONS | {"reduction": reduction}
-    got = results_of(operation, problem, transform, where=where, **options)
-    assert_same_bits(got, results_of(operation, masked, transform, **options))
-    want = operation.expected(masked, **options)
-    assert 0 < (want.predicted_tokens >= 0).sum() < (np.asarray(problem.labels) != IGNORED).sum()
-    assert_as_expected(got[0][1].loss, want.loss)
-    assert_as_expected(got[0][1].predicted_tokens, want.predicted_tokens)
-
-
-@each_operation
-def test_where_uses_the_ignore_index_it_is_given(operation: Operation) -> None:
-    problem = operation.problem()
-    problem = dataclasses.replace(problem, labels=jnp.where(problem.labels == IGNORED, 4, problem.labels))
-    where = jnp.arange(problem.labels.size) > 2
-    masked = dataclasses.replace(problem, labels=jnp.where(where, problem.labels, 4))
-    ours, _ = operation.losses(problem, where=where, ignore_index=4)
-    assert_as_expected(ours(problem.primals), operation.expected(masked, ignore_index=4).loss)
-
-
-@each_operation
-def test_where_false_everywhere_gives_0(operation: Operation) -> None:
-    problem = operation.problem()
-    nowhere = jnp.zeros(problem.labels.shape, bool)
-    (_, out), gradients = results_of(operation, problem, jax.jit, where=nowhere, **OPTIONS)
-    assert (float(out.loss), float(out.z_loss), float(out.token_accuracy)) == (0.0, 0.0, 0.0)
-    assert_same_bits(out.predicted_tokens, jnp.full(problem.labels.shape, -1, jnp.int32))
-    assert_same_bits(gradients, jax.tree.map(jnp.zeros_like, problem.primals))
-
-
-@eager_and_jit
-@each_operation
-def test_a_bad_label_that_where_masks_is_ignored(operation: Operation, transform: Callable[..., Any]) -> None:
-    problem = operation.problem()
-    bad = dataclasses.replace(problem, labels=problem.labels.at[3].set(VOCAB))
-    ignored = dataclasses.replace(problem, labels=problem.labels.at[3].set(IGNORED))
-    where = jnp.arange(problem.labels.size) != 3
-    got = results_of(operation, bad, transform, where=where, reduction="none")
-    assert_same_bits(got, results_of(operation, ignored, transform, reduction="none"))
-
-
 # ---- the weight's layout
 
 
@@ -373,7 +304,7 @@ def test_weight_layout_hv_of_an_empty_batch_has_a_gradient_of_its_layout() -> No
     assert_same_bits(by_weight, jnp.zeros((HIDDEN, VOCAB)))
 
 
-# ---- numpy, engines, memory
+# ---- numpy, engines
 
 
 @each_operation
@@ -403,69 +334,6 @@ def test_the_engine_can_be_chosen(operation: Operation, engine: str) -> None:
         compare(transform(chosen)(problem.primals), transform(automatic)(problem.primals))
 
 
-@pytest.mark.parametrize("memory", ("lean", "speed"))
-def test_memory_changes_no_result(memory: str) -> None:
-    problem = LINEAR.problem()
-    automatic, _ = LINEAR.losses(problem, **OPTIONS)
-    chosen, _ = LINEAR.losses(problem, memory=memory, **OPTIONS)
-    compare = assert_same_bits if kernels_run() else assert_close
-    compare(jax.value_and_grad(chosen)(problem.primals), jax.value_and_grad(automatic)(problem.primals))
-
-
-MIB = 2**20
-
-
-def temporary_bytes(memory: str | int, differentiated: bool) -> int:
-    """Scratch of the program compiled for 16384 tokens, 128000 classes and 64 hidden; nothing is run."""
-    shapes = (
-        jax.ShapeDtypeStruct((16384, 64), jnp.float32),
-        jax.ShapeDtypeStruct((128000, 64), jnp.float32),
-        jax.ShapeDtypeStruct((16384,), jnp.int32),
-    )
-
-    def loss(x: jax.Array, weight: jax.Array, labels: jax.Array) -> Any:
-        return fused_linear_ce(x, weight, labels, memory=memory)
-
-    program = jax.jit(jax.grad(loss, argnums=(0, 1)) if differentiated else loss).lower(*shapes).compile()
-    analysis = program.memory_analysis()
-    if analysis is None:
-        pytest.skip("this backend does not tell what a program takes")
-    return analysis.temp_size_in_bytes
-
-
-@pytest.mark.parametrize("memory", ("lean", "auto", 300 * MIB))
-@pytest.mark.parametrize("differentiated", (False, True), ids=("loss", "gradient"))
-def test_the_logits_are_never_held_whole(memory: str | int, differentiated: bool) -> None:
-    limit = {"lean": 128 * MIB, "auto": 512 * MIB}.get(memory, memory)  # of the slab; the rest is vectors and grad_x
-    taken = temporary_bytes(memory, differentiated)
-    assert taken <= limit + 32 * MIB
-    assert taken < 16384 * 128000 * 4 / 10
-    if differentiated and memory != "auto":
-        assert taken > 16 * MIB  # the workspace is the program's own, so that XLA accounts for it
-
-
-def test_a_memory_of_bytes_can_be_as_small_as_the_error_says() -> None:
-    """That is one tile of the vocabulary at a time."""
-    problem = LINEAR.problem()
-    step = lambda memory: jax.value_and_grad(LINEAR.losses(problem, memory=memory)[0])(problem.primals)  # noqa: E731
-
-    least = 0
-    while True:  # the backward pass may need more than the forward pass: each names its own number
-        try:
-            got = step(least)
-            break
-        except ValueError as error:
-            needed = int(str(error).rsplit(" ", 1)[1])
-            assert str(error) == f"memory={least} bytes are too few: this call needs at least {needed}"
-            assert needed > least
-            least = needed
-    compare = assert_same_bits if kernels_run() else assert_close
-    compare(got, step("auto"))
-    with pytest.raises(ValueError) as caught:
-        step(least - 1)
-    assert str(caught.value) == f"memory={least - 1} bytes are too few: this call needs at least {least}"
-
-
 def test_accum_dtype_changes_nothing() -> None:
     problem = LINEAR.problem()
     plain, _ = LINEAR.losses(problem)
@@ -481,9 +349,3 @@ def test_logits_are_the_projection_with_an_identity() -> None:
     got = fused_linear_ce(logits, jnp.eye(VOCAB), problem.labels, ce_weight=problem.class_weight, **METRICS, **OPTIONS)
     want = cross_entropy(logits, problem.labels, weight=problem.class_weight, **METRICS, **OPTIONS)
     assert_close(got, want)
-
-
-def test_where_masks_a_label_of_more_than_32_bits() -> None:
-    logits = jnp.array([[1.0, 2.0, 0.5], [3.0, 1.0, 0.0]])
-    masked = cross_entropy(logits, np.array([1, 2**40]), where=jnp.array([True, False]))
-    assert masked == cross_entropy(logits[:1], jnp.array([1]))
