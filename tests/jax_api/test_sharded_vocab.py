@@ -272,7 +272,8 @@ def test_no_valid_token_gives_zeros(reduction: str) -> None:
 def test_no_tokens(check_vma: bool) -> None:
     primals = PROBLEM.primals | {"x": jnp.zeros((0, HIDDEN))}
     loss = over_vocab(make_mesh(tp=4), jnp.zeros(0, jnp.int32), check_vma=check_vma, **METRICS)
-    output, gradients = differentiate(loss, primals)
+    # not under jit: XLA:CPU refuses a compiled shard_map that reads several arrays, all of them empty, whatever it does
+    output, gradients = differentiate(loss, primals, transform=eagerly)
     assert output.loss == 0 and output.predicted_tokens.shape == (0,)
     assert gradients["weight"].shape == (VOCAB, HIDDEN) and not np.any(as_numpy(gradients["weight"]))
 
