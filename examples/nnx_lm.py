@@ -90,7 +90,7 @@ def train_step(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small Flax NNX language model with the fused loss.")
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8, help="windows of 128 tokens per step")
     parser.add_argument("--seed", type=int, default=0, help="for the initial weights and the batches")
     args = parser.parse_args()
