@@ -9,7 +9,14 @@ from numbers import Integral, Real
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # the kernels compute in float32
 REDUCTIONS = ("none", "mean", "sum")
-FLAGS = ("use_token_scaling", "return_z_loss", "return_token_accuracy", "return_predicted_tokens", "check_labels")
+FLAGS = (
+    "use_token_scaling",
+    "return_z_loss",
+    "return_token_accuracy",
+    "return_predicted_tokens",
+    "return_counts",
+    "check_labels",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Options:
     return_z_loss: bool = False
     return_token_accuracy: bool = False
     return_predicted_tokens: bool = False
+    return_counts: bool = False
     check_labels: bool = False
 
     def __post_init__(self) -> None:
@@ -73,8 +81,8 @@ class Options:
 
     @property
     def needs_argmax(self) -> bool:
-        """Predictions and accuracy share one argmax; without both it is compiled out."""
-        return self.return_predicted_tokens or self.return_token_accuracy
+        """Predictions, accuracy and counts share one argmax; without them it is compiled out."""
+        return self.return_predicted_tokens or self.return_token_accuracy or self.return_counts
 
     @property
     def per_token(self) -> bool:

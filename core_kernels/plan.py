@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        return self.outputs + self.saved + self.workspace
+        return self.step.results + self.workspace
 
     @property
     def workspace_bytes(self) -> int:
@@ -101,7 +101,7 @@ def _vectors(step: Step, strips: int) -> list[Buffer]:
     buffers = []
     if problem.hidden is not None and step.kind != "combine":  # tokens compacted: those that are not valid cost nothing
         buffers += [Buffer(name, (n,), torch.int32) for name in ("valid_tokens", "valid_position")]
-        buffers.append(Buffer("num_valid", (1,), torch.int32))
+        buffers.append(Buffer("valid_count", (1,), torch.int32))
     if strips:
         buffers.append(Buffer("target_logit", (n,), torch.float32))
         buffers += [Buffer(name, (strips, n), torch.float32) for name in ("strip_max", "strip_sum")]
@@ -111,7 +111,7 @@ def _vectors(step: Step, strips: int) -> list[Buffer]:
             buffers.append(Buffer("strip_argmax", (strips, n), torch.int32))
     if step.kind in ("loss", "combine") and not options.per_token:  # reduced in a second, ordered step: deterministic
         buffers += [Buffer(name, (n,), torch.float32) for name in ("token_loss", "token_z_loss")]
-        if options.return_token_accuracy:
+        if options.return_token_accuracy or options.return_counts:
             buffers.append(Buffer("token_correct", (n,), torch.float32))
     if "grad_weight" in (buffer.name for buffer in step.outputs):  # x of the valid tokens, side by side
         assert problem.hidden is not None

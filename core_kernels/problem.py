@@ -79,10 +79,12 @@ def linear_problem(
     bias: Argument | None,
     class_weight: Argument | None,
     shards: int | None = None,
+    vocab: int | None = None,
 ) -> Problem:
     """Check the arguments of a fused linear cross entropy: ``x (..., H)``, ``weight (V, H)``, ``bias (V,)``.
 
-    With ``shards``, ``weight`` and ``bias`` are one of so many equal shards of the vocab; ``class_weight`` is whole.
+    With ``shards``, ``weight`` and ``bias`` are one of so many shards of the vocab, which are equal unless the size of
+    the ``vocab`` is given; ``class_weight`` is whole.
     """
     dtype = _float_dtype(x)
     for argument in (weight,) if bias is None else (weight, bias):
@@ -96,7 +98,7 @@ def linear_problem(
     if len(weight.shape) != 2:
         raise ValueError(f"{weight.name} must have shape (V, H), got {weight.shape}")
     columns, hidden = weight.shape
-    vocab = columns * (shards or 1)
+    vocab = columns * (shards or 1) if vocab is None else vocab
     if x.shape[-1] != hidden:
         raise ValueError(
             f"{weight.name} must have shape (V, {x.shape[-1]}) to match {x.name} of shape {x.shape}, got {weight.shape}"

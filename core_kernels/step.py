@@ -108,6 +108,8 @@ class Step:
             outputs.append(Buffer("token_accuracy", reduced, torch.float32))
         if options.return_predicted_tokens:
             outputs.append(Buffer("predicted_tokens", (n,), self.index_dtype))
+        if options.return_counts:
+            outputs += [Buffer(name, reduced, self.index_dtype) for name in ("num_valid", "num_correct")]
         return tuple(outputs)
 
     @functools.cached_property
@@ -124,6 +126,10 @@ class Step:
         if self.sums_class_weight:
             saved.append(Buffer("class_weight_sum", (1,), torch.float32))
         return tuple(saved)
+
+    @property
+    def results(self) -> tuple[Buffer, ...]:
+        return self.outputs + self.saved
 
     @property
     def sums_class_weight(self) -> bool:

@@ -240,10 +240,13 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
         t["z_loss"].copy_(z_loss)
     if rows.argmax is None:
         return
-    correct = (valid & (rows.argmax == labels)).float()
+    correct = valid & (rows.argmax == labels)
     if options.return_token_accuracy:
         accuracy = correct if options.per_token else _sum_of_groups(plan, correct) / count.clamp(min=1)
         t["token_accuracy"].copy_(accuracy)
+    if options.return_counts:
+        t["num_valid"].copy_(valid if options.per_token else count)
+        t["num_correct"].copy_(correct if options.per_token else _sum_of_groups(plan, correct))
     if options.return_predicted_tokens:
         t["predicted_tokens"].copy_(torch.where(valid, rows.argmax, -1))
 

@@ -138,7 +138,7 @@ def _compact_valid_tokens(plan: Plan, t: Tensors) -> None:
         t["labels"],
         t["valid_tokens"],
         t["valid_position"],
-        t["num_valid"],
+        t["valid_count"],
         plan.problem.tokens,
         plan.problem.vocab,
         plan.options.ignore_index,
@@ -158,7 +158,7 @@ def _strip_statistics(plan: Plan, t: Tensors) -> None:
         t.get("class_weight"),
         t.get("first_class"),
         t["valid_tokens"],
-        t["num_valid"],
+        t["valid_count"],
         t["target_logit"],
         t["strip_max"],
         t["strip_sum"],
@@ -212,7 +212,7 @@ def linear_gradient(plan: Plan, t: Tensors) -> None:
         products.gather_valid_rows[(n, triton.cdiv(hidden, HIDDEN_BLOCK))](
             t["x"],
             t["valid_tokens"],
-            t["num_valid"],
+            t["valid_count"],
             t["valid_x"],
             *t["x"].stride(),
             hidden,
@@ -240,7 +240,7 @@ def _slab_gradient(plan: Plan, t: Tensors, first: int, columns: int) -> None:
         *_class_weight(t),
         t.get("first_class"),
         t["valid_tokens"],
-        t["num_valid"],
+        t["valid_count"],
         t["row_max"],
         t["log_sum"],
         t.get("token_scale"),
@@ -267,14 +267,14 @@ def _slab_gradient(plan: Plan, t: Tensors, first: int, columns: int) -> None:
 def _multiply_slab(plan: Plan, t: Tensors, first: int, columns: int) -> None:
     """Take the slab into every gradient that is wanted."""
     n, hidden, tile = plan.problem.tokens, plan.problem.hidden, plan.tile
-    slab, num_valid, stride = t["slab"], t["num_valid"], t["slab"].stride(0)
+    slab, valid_count, stride = t["slab"], t["valid_count"], t["slab"].stride(0)
     hidden_tiles = triton.cdiv(hidden, tile.n)
     if "grad_x" in t:
         products.add_input_gradient[(triton.cdiv(n, tile.m) * hidden_tiles,)](
             slab,
             t["weight"],
             t["grad_rows"],
-            num_valid,
+            valid_count,
             *t["weight"].stride(),
             hidden,
             first,
@@ -288,7 +288,7 @@ def _multiply_slab(plan: Plan, t: Tensors, first: int, columns: int) -> None:
             TensorDescriptor.from_tensor(slab, [tile.k, tile.m]),
             TensorDescriptor.from_tensor(t["valid_x"], [tile.k, tile.n]),
             t["grad_weight"],
-            num_valid,
+            valid_count,
             *t["grad_weight"].stride(),
             hidden,
             first,
@@ -297,7 +297,7 @@ def _multiply_slab(plan: Plan, t: Tensors, first: int, columns: int) -> None:
         )
     if "grad_bias" in t:
         products.bias_gradient[(triton.cdiv(columns, BIAS_BLOCK),)](
-            slab, t["grad_bias"], num_valid, first, columns, stride, ROWS=BIAS_BLOCK, COLUMNS=BIAS_BLOCK
+            slab, t["grad_bias"], valid_count, first, columns, stride, ROWS=BIAS_BLOCK, COLUMNS=BIAS_BLOCK
         )
 
 
@@ -320,6 +320,8 @@ def _reduce_tokens(plan: Plan, t: Tensors) -> None:
         t["loss"],
         t.get("z_loss"),
         t.get("token_accuracy"),
+        t.get("num_valid"),
+        t.get("num_correct"),
         t.get("divisors"),
         plan.problem.group_tokens,
         plan.problem.vocab,
@@ -327,6 +329,7 @@ def _reduce_tokens(plan: Plan, t: Tensors) -> None:
         MEAN=plan.options.reduction == "mean",
         Z_OUTPUT=plan.options.return_z_loss,
         ACCURACY=plan.options.return_token_accuracy,
+        COUNTS=plan.options.return_counts,
         CLASS_WEIGHT=plan.problem.has_class_weight,
         BLOCK=REDUCE_BLOCK,
     )
@@ -342,7 +345,8 @@ def _token_buffers(plan: Plan, t: Tensors) -> tuple[Tensor | None, ...]:
         results = t["loss"], t.get("z_loss"), t.get("token_accuracy")
     else:
         results = t["token_loss"], t["token_z_loss"], t.get("token_correct")
-    return *results, t.get("predicted_tokens"), t["row_max"], t["log_sum"], t.get("token_scale")
+    counts = t.get("num_valid"), t.get("num_correct")
+    return *results, *counts, t.get("predicted_tokens"), t["row_max"], t["log_sum"], t.get("token_scale")
 
 
 def _group_tokens(plan: Plan) -> int:
@@ -378,6 +382,7 @@ def _metric_flags(plan: Plan) -> dict[str, Any]:
         "PER_TOKEN": plan.options.per_token,
         "Z_OUTPUT": plan.options.return_z_loss,
         "ACCURACY": plan.options.return_token_accuracy,
+        "COUNTS": plan.options.return_counts,
         "PREDICTED": plan.options.return_predicted_tokens,
     }
 

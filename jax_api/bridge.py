@@ -35,7 +35,7 @@ class Call:
 
     @property
     def results(self) -> tuple[Buffer, ...]:
-        return self.step.outputs + self.step.saved
+        return self.step.results
 
     def shape(self, buffer: Buffer) -> jax.ShapeDtypeStruct:
         """A buffer's shape and dtype as JAX has it."""

@@ -50,7 +50,7 @@ class Folding:
 
     def _per_token(self, name: str) -> bool:
         """Whether tokens come first; otherwise groups do."""
-        if name in ("loss", "z_loss", "token_accuracy", "grad_loss"):
+        if name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct", "grad_loss"):
             return self.one.options.per_token
         return name != "divisors"
 

@@ -32,6 +32,8 @@ def cross_entropy(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
     logit_scale: float = 1.0,
+    return_counts: bool = False,
+    num_items_in_batch: int | jax.Array | None = None,
     where: jax.Array | None = None,
     engine: str = "auto",
     check_labels: bool = False,
@@ -63,6 +65,10 @@ def cross_entropy(
         return_token_accuracy: also return the share of valid tokens predicted right.
         return_predicted_tokens: also return the argmax per token, the lowest index on a tie.
         logit_scale: factor of the logits before the cap.
+        return_counts: also return how many tokens are valid, and how many of them are predicted right, to be summed
+            over batches or devices.
+        num_items_in_batch: what ``"mean"`` divides by instead, if more than 0: the number of valid tokens of the whole
+            batch, of which this call has a part. An int or a scalar.
         where: boolean mask in the labels' shape; tokens where it is false are ignored.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
         check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
@@ -96,10 +102,11 @@ def cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         logit_scale=logit_scale,
-        reduction=reduction,
+        reduction=_summed(reduction, num_items_in_batch),
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
+        return_counts=return_counts,
         check_labels=check_labels,
     )
     logits, labels, weight = map(_array, (logits, labels, weight))
@@ -108,7 +115,7 @@ def cross_entropy(
     )
     inputs = {"logits": logits, "labels": labels, "class_weight": weight}
     step = core.Step("loss", problem, options, engine, index_dtype=_index_dtype())
-    return _run(bridge.Call(step, frozenset(), cuda_graph), inputs, where, None)
+    return _run(bridge.Call(step, frozenset(), cuda_graph), inputs, where, None, num_items_in_batch)
 
 
 def fused_linear_ce(
@@ -129,6 +136,8 @@ def fused_linear_ce(
     return_token_accuracy: bool = False,
     return_predicted_tokens: bool = False,
     logit_scale: float = 1.0,
+    return_counts: bool = False,
+    num_items_in_batch: int | jax.Array | None = None,
     where: jax.Array | None = None,
     weight_layout: str = "vh",
     vocab_axis: str | tuple[str, ...] | None = None,
@@ -168,6 +177,10 @@ def fused_linear_ce(
         return_token_accuracy: also return the share of valid tokens predicted right.
         return_predicted_tokens: also return the argmax per token, the lowest index on a tie.
         logit_scale: factor of the logits before the cap.
+        return_counts: also return how many tokens are valid, and how many of them are predicted right, to be summed
+            over batches or devices.
+        num_items_in_batch: what ``"mean"`` divides by instead, if more than 0: the number of valid tokens of the whole
+            batch, of which this call has a part. An int or a scalar.
         where: boolean mask in the labels' shape; tokens where it is false are ignored.
         weight_layout: ``"vh"`` (an embedding table) or ``"hv"`` (the kernel of a Flax ``Dense``); neither is copied or
             transposed in memory, and the gradient has the same layout.
@@ -216,11 +229,12 @@ def fused_linear_ce(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         logit_scale=logit_scale,
-        reduction=reduction,
+        reduction=_summed(reduction, num_items_in_batch),
         use_token_scaling=use_token_scaling,
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
+        return_counts=return_counts,
         check_labels=check_labels,
     )
     x, weight, labels, bias, ce_weight = map(_array, (x, weight, labels, bias, ce_weight))
@@ -236,7 +250,7 @@ def fused_linear_ce(
     )
     inputs = {"x": x, "weight": weight, "labels": labels, "bias": bias, "class_weight": ce_weight}
     step = core.Step("loss", problem, options, engine, memory, _index_dtype())
-    return _run(bridge.Call(step, transposed, cuda_graph), inputs, where, vocab_axis)
+    return _run(bridge.Call(step, transposed, cuda_graph), inputs, where, vocab_axis, num_items_in_batch)
 
 
 def _array(value: Any) -> Any:
@@ -272,7 +286,11 @@ def _optional_argument(name: str, array: jax.Array | None) -> core.Argument | No
 
 
 def _run(
-    call: bridge.Call, inputs: dict[str, Any], where: jax.Array | None, vocab_axis: Axis
+    call: bridge.Call,
+    inputs: dict[str, Any],
+    where: jax.Array | None,
+    vocab_axis: Axis,
+    num_items: int | jax.Array | None,
 ) -> jax.Array | CrossEntropyOutput:
     problem, options = call.step.problem, call.step.options
     _check_narrowing(inputs["labels"], where, problem.vocab, options)
@@ -291,8 +309,25 @@ def _run(
     call = replace(call, step=replace(call.step, options=replace(options, check_labels=False)))
     results = planned_loss(call, vocab_axis, arrays)
     shaped = {name: r.reshape(problem.leading) if r.ndim == 1 else r for name, r in results.items()}
+    if num_items is not None:
+        share = 1 / jnp.maximum(jnp.asarray(num_items, jnp.float32).reshape(()), 1)  # of none: the loss is 0
+        shaped |= {name: shaped[name] * share for name in ("loss", "z_loss") if name in shaped}
     output = CrossEntropyOutput(**shaped)
     return output if options.returns_output else output.loss
+
+
+def _summed(reduction: str, num_items_in_batch: int | jax.Array | None) -> str:
+    """The reduction to run: a mean over other items is a sum, which is divided after."""
+    if num_items_in_batch is None:
+        return reduction
+    numbers = int, np.generic, np.ndarray, jax.Array
+    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, numbers):
+        raise TypeError(f"num_items_in_batch must be an int or an array, got {num_items_in_batch!r}")
+    if np.size(num_items_in_batch) != 1:
+        raise ValueError(f"num_items_in_batch must be one number, got shape {np.shape(num_items_in_batch)}")
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
+    return "sum"
 
 
 def _index_dtype() -> torch.dtype:

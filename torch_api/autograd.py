@@ -1,84 +1,141 @@
-"""The one autograd Function: plans the launch, allocates what the plan lists, and lets the core fill it."""
+"""The autograd Functions: the loss, its gradient, and how ``torch.func.vmap`` maps both."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from core_kernels import Plan, Step, launch, plan
+from core_kernels import Step
+from torch_api.operator import decode, encode, gradient_step, launch, output_names
+from torch_api.parallel import Shard, loss_over_shards
 
-RESULTS = ("loss", "z_loss", "token_accuracy", "predicted_tokens")
+# The inputs of a loss, by the core's names: of logits, and of a projection. Some may be absent.
+LOGITS = ("logits", "weight", "labels", "bias", "class_weight")
+LINEAR = ("x", "weight", "labels", "bias", "class_weight")
+DIFFERENTIABLE = ("logits", "x", "weight", "bias")
+SHARED = ("weight", "bias", "class_weight", "class_weight_sum")  # by all tokens, and all groups
 
 
 class PlannedLoss(torch.autograd.Function):
-    """``apply(step, *inputs)``, inputs in the order of ``step.inputs``; answers ``RESULTS``, ``None`` if not asked."""
+    """``apply(step, shard, *inputs)``: the step's outputs, of which the loss alone has a graph, and what it saved.
+
+    ``step`` is the operator's text; ``shard`` is the part of the vocab that is here, or ``None`` for all of it; the
+    inputs are those of ``LOGITS`` or ``LINEAR``, with rows in one dimension and labels in any, and ``None`` for
+    what is absent.
+    """
 
     @staticmethod
-    def forward(ctx: Any, step: Step, *inputs: Tensor) -> tuple[Tensor | None, ...]:
-        buffers = _run(step, inputs)
-        ctx.step = step
-        ctx.save_for_backward(*inputs, *(buffers[buffer.name] for buffer in step.saved))
-
-        results = {buffer.name: buffers[buffer.name] for buffer in step.outputs}
-        for name, result in results.items():
-            if result.dim() == 1:
-                results[name] = result.view(step.problem.leading)
-        ctx.mark_non_differentiable(*(result for name, result in results.items() if name != "loss"))
-        return tuple(results.get(name) for name in RESULTS)
+    def forward(step: str, shard: Shard | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        if shard is not None:
+            return tuple(loss_over_shards(step, shard, *inputs))
+        return tuple(launch([tensor for tensor in inputs if tensor is not None], step))
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        forward = ctx.step
-        wanted = [name for name, need in zip(forward.inputs, ctx.needs_input_grad[1:], strict=True) if need]
-        step = forward.gradient(wanted)
-        named = dict(zip(step.inputs, (*ctx.saved_tensors, grad_loss), strict=True))
-        buffers = _run(step, tuple(named.values()))
-        names = [output.name.removeprefix("grad_") for output in step.outputs]
-        gradients = tuple(buffers[f"grad_{name}"].view(named[name].shape) for name in names)
-        if torch.is_grad_enabled():  # create_graph=True
-            sources = (named[name] for name in (*forward.inputs, "grad_loss"))
-            gradients = _DifferentiableOnce.apply(len(names), *gradients, *sources)
-        by_name = dict(zip(names, gradients, strict=True))
-        return None, *(by_name.get(name) for name in forward.inputs)
-
-
-class _DifferentiableOnce(torch.autograd.Function):
-    """Ties gradients to what they were computed from, so that differentiating them raises instead of giving zero."""
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.step, ctx.shard = inputs[:2]
+        ctx.save_for_backward(*inputs[2:], *output[len(output_names(ctx.step)) :])
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def forward(ctx: Any, count: int, *gradients_and_sources: Tensor) -> tuple[Tensor, ...]:
-        return tuple(gradient.view_as(gradient) for gradient in gradients_and_sources[:count])
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        inputs, saved = ctx.saved_tensors[: len(LINEAR)], ctx.saved_tensors[len(LINEAR) :]
+        names = LINEAR if inputs[1] is not None else LOGITS
+        wanted = [need and name in DIFFERENTIABLE for need, name in zip(ctx.needs_input_grad[2:], names, strict=True)]
+        if grad_loss is None or not any(wanted):
+            return None, None, *(None for _ in names)
+        step = gradient_step(ctx.step, tuple(name for name, want in zip(names, wanted, strict=True) if want))
+        operands = [tensor for tensor in inputs if tensor is not None]
+        group = None
+        if ctx.shard is not None:
+            operands.append(ctx.shard.first_class_on(grad_loss.device))
+            group = ctx.shard.group if wanted[0] else None
+        operands += [*saved, grad_loss.contiguous()]
+        # A compiled gradient is differentiated by nobody, and the compiler knows no Function in a Function's backward.
+        run = PlannedGradient.forward if torch.compiler.is_compiling() else PlannedGradient.apply
+        gradients = iter(run(step, group, *operands))  # in the order of the inputs
+        return None, None, *(next(gradients) if want else None for want in wanted)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], step: str, shard: Shard | None, *inputs: Tensor | None
+    ) -> tuple[Any, Any]:
+        names = LINEAR if inputs[1] is not None else LOGITS
+        return _mapped(PlannedLoss, info.batch_size, step, shard, names, inputs, in_dims[2:])
+
+
+class PlannedGradient(torch.autograd.Function):
+    """``apply(step, group, *inputs)``: the outputs of a gradient step, the first of them summed over ``group``, if any.
+
+    It is not differentiable, and says so.
+    """
+
+    @staticmethod
+    def forward(step: str, group: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        gradients = launch(list(inputs), step)
+        if group is not None:
+            dist.all_reduce(gradients[0], group=group)
+        return tuple(gradients)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "second derivatives of twinhead's losses are not supported: the gradient is computed by a kernel; "
-            "differentiate once, or use a loss in plain PyTorch"
+            "a second derivative of twinhead's losses is not supported: differentiate once, "
+            "or use a loss in plain PyTorch"
         )
 
-
-def _run(step: Step, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Plan, allocate, launch; answers the buffers by name."""
-    planned = plan(step, inputs[0].device)
-    buffers = _allocate(planned, inputs[0].device)
-    launch(planned, {**_flatten(dict(zip(step.inputs, inputs, strict=True))), **buffers})
-    return buffers
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], step: str, group: Any, *inputs: Tensor) -> tuple[Any, Any]:
+        return _mapped(PlannedGradient, info.batch_size, step, group, decode(step).inputs, inputs, in_dims[2:])
 
 
-def _allocate(planned: Plan, device: torch.device) -> dict[str, Tensor]:
-    return {buffer.name: torch.empty(buffer.shape, dtype=buffer.dtype, device=device) for buffer in planned.buffers}
+def _mapped(
+    function: Any,
+    size: int,
+    text: str,
+    where: Any,
+    names: Sequence[str],
+    inputs: Sequence[Tensor | None],
+    dims: Sequence[int | None],
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """A mapped call: one call over more tokens, in groups, or, where what all tokens share is mapped, one by one."""
+    step = decode(text)
+    mapped = {name for name, dim in zip(names, dims, strict=True) if dim is not None}
+    if mapped & set(SHARED) or not mapped & {"x", "logits"} or {"weight", "bias"} & set(step.wanted):
+        entries = []
+        for i in range(size):
+            entry = [t if t is None or d is None else t.select(d, i) for t, d in zip(inputs, dims, strict=True)]
+            entries.append(function.apply(text, where, *entry))
+        return tuple(torch.stack(results) for results in zip(*entries, strict=True)), (0,) * len(entries[0])
+
+    folded = encode(replace(step, problem=step.problem.times(size)))
+    operands = [_fold(step, *entry, size) for entry in zip(names, inputs, dims, strict=True)]
+    results = function.apply(folded, where, *operands)
+    unfolded = tuple(
+        result.unflatten(0, (size, -1)) if _per_token(step, buffer.name) else result
+        for result, buffer in zip(results, step.results, strict=True)
+    )
+    return unfolded, tuple(None if buffer.name in SHARED else 0 for buffer in step.results)
 
 
-def _flatten(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One dimension of tokens, as the core takes them; copies only what no strides can describe, and small vectors."""
-    flat = {}
-    for name, tensor in named.items():
-        if name in ("x", "logits"):
-            flat[name] = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.flatten(0, -2)
-        elif name == "weight":
-            flat[name] = tensor
-        else:
-            flat[name] = tensor.reshape(-1).contiguous()
-    return flat
+def _fold(step: Step, name: str, tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
+    if tensor is None or name in SHARED:
+        return tensor
+    front = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return front.flatten(0, 1) if _per_token(step, name) else front.contiguous()
+
+
+def _per_token(step: Step, name: str) -> bool:
+    """Whether tokens come first; otherwise groups do, or all share it."""
+    if name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct", "grad_loss"):
+        return step.options.per_token
+    return name not in ("divisors", *SHARED)

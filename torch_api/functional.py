@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import _reduction
 
 import core_kernels as core
 from torch_api.autograd import PlannedLoss
+from torch_api.operator import cached_constant, encode, output_names
 from torch_api.output import CrossEntropyOutput
+from torch_api.parallel import Shard, is_dtensor, shard_of_dtensor, shard_of_group, to_local
 
 
 def cross_entropy(
@@ -27,6 +31,8 @@ def cross_entropy(
     return_predicted_tokens: bool = False,
     *,
     logit_scale: float = 1.0,
+    return_counts: bool = False,
+    num_items_in_batch: int | Tensor | None = None,
     engine: str = "auto",
     check_labels: bool = False,
 ) -> Tensor | CrossEntropyOutput:
@@ -56,6 +62,10 @@ def cross_entropy(
         return_token_accuracy: also return the share of valid tokens predicted right.
         return_predicted_tokens: also return the argmax per token, the lowest index on a tie.
         logit_scale: factor of the logits before the cap.
+        return_counts: also return how many tokens are valid, and how many of them are predicted right, to be summed
+            over batches or devices.
+        num_items_in_batch: what ``"mean"`` divides by instead, if more than 0: the number of valid tokens of the whole
+            batch, of which this call has a part. An int or a scalar; the host never waits for one on a GPU.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
         check_labels: on a GPU, wait for the labels and raise on a bad one. On a CPU that is always done.
 
@@ -81,7 +91,10 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    options = core.Options(
+    reduction = _summed(reduction, num_items_in_batch)
+    step = _logits_step(
+        *_facts({"input": input, "target": target}, {"weight": weight}),
+        engine,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
@@ -91,14 +104,10 @@ def cross_entropy(
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
+        return_counts=return_counts,
         check_labels=check_labels,
     )
-    problem = core.logits_problem(
-        _argument("input", input), _argument("target", target), _optional_argument("weight", weight)
-    )
-    step = core.Step("loss", problem, options, engine)
-    inputs = {"logits": input, "labels": target, "class_weight": weight}
-    return _run(step, inputs)
+    return _run(step, num_items_in_batch, None, input, None, target, None, weight)
 
 
 def fused_linear_cross_entropy(
@@ -119,6 +128,9 @@ def fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     *,
     logit_scale: float = 1.0,
+    return_counts: bool = False,
+    num_items_in_batch: int | Tensor | None = None,
+    process_group: Any = None,
     memory: str | int = "auto",
     engine: str = "auto",
     check_labels: bool = False,
@@ -155,6 +167,14 @@ def fused_linear_cross_entropy(
         return_token_accuracy: also return the share of valid tokens predicted right.
         return_predicted_tokens: also return the argmax per token, the lowest index on a tie.
         logit_scale: factor of the logits before the cap.
+        return_counts: also return how many tokens are valid, and how many of them are predicted right, to be summed
+            over batches or devices.
+        num_items_in_batch: what ``"mean"`` divides by instead, if more than 0: the number of valid tokens of the whole
+            batch, of which this call has a part. An int or a scalar; the host never waits for one on a GPU.
+        process_group: ``weight`` and ``bias`` are this rank's shard of the vocab, as many rows on every rank of the
+            group and in the order of the ranks. All else is the same on each of them, and so is the result, of which
+            every rank takes the same gradient. A ``DTensor`` weight that is ``Shard(0)`` means the same on its own
+            mesh, with uneven shards too; ``input`` and ``target`` may then be plain tensors, the same on each rank.
         memory: how much scratch the backward pass may take: ``"lean"``, ``"auto"``, ``"speed"``, or a number of bytes
             for the workspace of either pass. The result is the same.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
@@ -181,7 +201,31 @@ def fused_linear_cross_entropy(
     """
     if accum_dtype is not None and not isinstance(accum_dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
-    options = core.Options(
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(input.device.type):
+        # As autocast casts the operands of a linear layer; gradients come back in the tensors' own dtypes.
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight = input.to(dtype), weight.to(dtype)
+        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
+    reduction = _summed(reduction, num_items_in_batch)
+    shard = None
+    if is_dtensor(weight):
+        if process_group is not None:
+            raise ValueError("process_group must be left out where weight is a DTensor, which has its own")
+        shard = shard_of_dtensor(weight)
+        input, target, bias, ce_weight = (
+            to_local(name, tensor, weight, shard)
+            for name, tensor in (("input", input), ("target", target), ("bias", bias), ("ce_weight", ce_weight))
+        )
+        weight = weight.to_local()  # type: ignore[attr-defined]
+    facts = _facts({"input": input, "target": target, "weight": weight}, {"bias": bias, "ce_weight": ce_weight})
+    if process_group is not None:
+        shard = shard_of_group(weight, process_group)
+    step = _linear_step(
+        *facts,
+        engine,
+        memory,
+        None if shard is None else shard.shards,
+        None if shard is None else shard.vocab,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
@@ -192,40 +236,99 @@ def fused_linear_cross_entropy(
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
+        return_counts=return_counts,
         check_labels=check_labels,
     )
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(input.device.type):
-        # As autocast casts the operands of a linear layer; gradients come back in the tensors' own dtypes.
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
+    return _run(step, num_items_in_batch, shard, input, weight, target, bias, ce_weight)
+
+
+Facts = tuple[str, tuple[int, ...], torch.dtype, torch.device]  # of a tensor: its name, shape, dtype and device
+
+
+def _facts(required: dict[str, Any], optional: dict[str, Any]) -> list[Facts | None]:
+    """What a step depends on. Tokens are left out where shapes agree, so that one step serves any number of them."""
+    tensors = required | optional
+    for name, tensor in tensors.items():
+        if not (isinstance(tensor, Tensor) or (tensor is None and name in optional)):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    rows, target, weight = required["input"], required["target"], required.get("weight")
+    agree = rows.dim() > 0 and rows.shape[-1] > 0 and rows.shape[:-1] == target.shape
+    agree = agree and (weight is None or rows.shape[-1:] == weight.shape[1:])
+    shapes = {"input": (-1, rows.shape[-1]), "target": (-1,)} if agree else {}
+    return [
+        None if tensor is None else (name, shapes.get(name, tuple(tensor.shape)), tensor.dtype, tensor.device)
+        for name, tensor in tensors.items()
+    ]
+
+
+@cached_constant
+def _logits_step(input: Facts, target: Facts, weight: Facts | None, engine: str, **options: Any) -> str:
+    problem = core.logits_problem(_argument(input), _argument(target), _argument(weight))
+    return encode(core.Step("loss", problem, core.Options(**options), engine))
+
+
+@cached_constant
+def _linear_step(
+    input: Facts,
+    target: Facts,
+    weight: Facts,
+    bias: Facts | None,
+    ce_weight: Facts | None,
+    engine: str,
+    memory: str | int,
+    shards: int | None,
+    vocab: int | None,
+    **options: Any,
+) -> str:
     problem = core.linear_problem(
-        _argument("input", input),
-        _argument("weight", weight),
-        _argument("target", target),
-        _optional_argument("bias", bias),
-        _optional_argument("ce_weight", ce_weight),
+        _argument(input), _argument(weight), _argument(target), _argument(bias), _argument(ce_weight), shards, vocab
     )
-    step = core.Step("loss", problem, options, engine, memory)
-    inputs = {"x": input, "weight": weight, "labels": target, "bias": bias, "class_weight": ce_weight}
-    return _run(step, inputs)
+    return encode(core.Step("loss", problem, core.Options(**options), engine, memory))
 
 
-def _argument(name: str, tensor: Tensor) -> core.Argument:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    return core.Argument(name, tuple(tensor.shape), tensor.dtype, tensor.device)
+def _argument(facts: Facts | None) -> Any:
+    return None if facts is None else core.Argument(*facts)
 
 
-def _optional_argument(name: str, tensor: Tensor | None) -> core.Argument | None:
-    return None if tensor is None else _argument(name, tensor)
+def _summed(reduction: str, num_items_in_batch: int | Tensor | None) -> str:
+    """The reduction to run: a mean over other items is a sum, which is divided after."""
+    if num_items_in_batch is None:
+        return reduction
+    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (int, Tensor)):
+        raise TypeError(f"num_items_in_batch must be an int or a tensor, got {num_items_in_batch!r}")
+    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
+        raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}")
+    if reduction != "mean":
+        raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
+    return "sum"
 
 
-@torch.compiler.disable  # a graph break: traced through, plain operations would round differently from eager
-def _run(step: core.Step, inputs: dict[str, Tensor | None]) -> Tensor | CrossEntropyOutput:
-    labels = inputs["labels"]
-    assert labels is not None
-    if step.options.check_labels or labels.device.type == "cpu":
-        core.check_labels(labels, step.problem.vocab, step.options.ignore_index, "target")
-    output = CrossEntropyOutput(*PlannedLoss.apply(step, *(inputs[name] for name in step.inputs)))
-    return output if step.options.returns_output else output.loss
+def _run(
+    step: str,
+    num_items: int | Tensor | None,
+    shard: Shard | None,
+    rows: Tensor,
+    weight: Tensor | None,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+) -> Tensor | CrossEntropyOutput:
+    tokens = rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
+    vectors = (None if v is None else v.contiguous() for v in (bias, class_weight))
+    results = PlannedLoss.apply(step, shard, tokens, weight, target.contiguous(), *vectors)
+    names = output_names(step)  # what it saved comes after
+    output = {name: r.view(target.shape) if r.dim() else r for name, r in zip(names, results, strict=False)}
+    if num_items is not None:
+        share = _share(num_items)
+        output |= {name: output[name] * share for name in ("loss", "z_loss") if name in output}
+    return output["loss"] if len(names) == 1 else CrossEntropyOutput(**output)
+
+
+def _share(num_items: int | Tensor) -> float | Tensor:
+    """Each item's part of the mean. Of none it is 1: a batch in which nothing is valid has loss 0.
+
+    A scalar tensor on a CPU multiplies on any device, without a transfer to wait for.
+    """
+    if isinstance(num_items, Tensor):
+        return num_items.reshape(()).float().clamp(min=1).reciprocal()
+    return 1.0 / max(num_items, 1)

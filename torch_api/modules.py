@@ -25,7 +25,8 @@ class _Loss(nn.Module):
 
 
 class CrossEntropyLoss(_Loss):
-    """:func:`cross_entropy` with its options fixed; called as ``(input, target)``.
+    """:func:`cross_entropy` with its options fixed; called as ``(input, target)``, with
+    ``num_items_in_batch=`` if it is known.
 
     Example:
         >>> loss_fn = CrossEntropyLoss(ignore_index=0, return_token_accuracy=True)
@@ -49,6 +50,7 @@ class CrossEntropyLoss(_Loss):
         return_predicted_tokens: bool = False,
         *,
         logit_scale: float = 1.0,
+        return_counts: bool = False,
         engine: str = "auto",
         check_labels: bool = False,
     ) -> None:
@@ -63,17 +65,27 @@ class CrossEntropyLoss(_Loss):
         self.return_token_accuracy = return_token_accuracy
         self.return_predicted_tokens = return_predicted_tokens
         self.logit_scale = logit_scale
+        self.return_counts = return_counts
         self.engine = engine
         self.check_labels = check_labels
         core.Options(**self._options())  # raises on what makes no sense
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        return cross_entropy(input, target, weight=self.weight, engine=self.engine, **self._options())
-
+    def forward(
+        self, input: Tensor, target: Tensor, *, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor | CrossEntropyOutput:
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            num_items_in_batch=num_items_in_batch,
+            engine=self.engine,
+            **self._options(),
+        )
 
 
 class FusedLinearCrossEntropyLoss(_Loss):
-    """:func:`fused_linear_cross_entropy` with its options fixed; called as ``(lin_weight, input, target, bias=None)``.
+    """:func:`fused_linear_cross_entropy` with its options fixed; called as ``(lin_weight, input, target, bias=None)``,
+    with ``num_items_in_batch=`` if it is known.
 
     Example:
         >>> head = nn.Linear(16, 100)
@@ -100,6 +112,8 @@ class FusedLinearCrossEntropyLoss(_Loss):
         return_predicted_tokens: bool = False,
         *,
         logit_scale: float = 1.0,
+        return_counts: bool = False,
+        process_group: Any = None,
         memory: str | int = "auto",
         engine: str = "auto",
         check_labels: bool = False,
@@ -117,13 +131,21 @@ class FusedLinearCrossEntropyLoss(_Loss):
         self.return_token_accuracy = return_token_accuracy
         self.return_predicted_tokens = return_predicted_tokens
         self.logit_scale = logit_scale
+        self.return_counts = return_counts
+        self.process_group = process_group
         self.memory = memory
         self.engine = engine
         self.check_labels = check_labels
         core.Options(**self._options())  # raises on what makes no sense
 
     def forward(
-        self, lin_weight: Tensor, input: Tensor, target: Tensor, bias: Tensor | None = None
+        self,
+        lin_weight: Tensor,
+        input: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        *,
+        num_items_in_batch: int | Tensor | None = None,
     ) -> Tensor | CrossEntropyOutput:
         return fused_linear_cross_entropy(
             input,
@@ -132,6 +154,8 @@ class FusedLinearCrossEntropyLoss(_Loss):
             bias=bias,
             ce_weight=self.ce_weight,
             accum_dtype=self.accum_dtype,
+            num_items_in_batch=num_items_in_batch,
+            process_group=self.process_group,
             memory=self.memory,
             engine=self.engine,
             **self._options(),

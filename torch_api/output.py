@@ -16,9 +16,13 @@ class CrossEntropyOutput:
         z_loss: float32, the z-loss that is part of ``loss``, reduced alike; detached.
         token_accuracy: float32, correct / valid tokens (0 or 1 per token under ``reduction="none"``); detached.
         predicted_tokens: int64 in the labels' shape, the argmax of the logits, -1 where ignored.
+        num_valid, num_correct: integers, the tokens that are valid, and those of them that are predicted right (0 or 1
+            per token under ``reduction="none"``).
     """
 
     loss: Tensor
     z_loss: Tensor | None = None
     token_accuracy: Tensor | None = None
     predicted_tokens: Tensor | None = None
+    num_valid: Tensor | None = None
+    num_correct: Tensor | None = None

@@ -32,16 +32,16 @@ def load_logits(
 @triton.jit
 def cross_entropy_forward(
     logits, labels, class_weight, class_weight_sum,
-    loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+    loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
     stride_n, stride_v, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
-    PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, PREDICTED: tl.constexpr,
-    TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, COUNTS: tl.constexpr,
+    PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (N,). ``logits`` (N, V) with any strides; the rest (N,), (V,) or scalars. A row's loss and statistics."""
     token = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + token)
-    ARGMAX: tl.constexpr = ACCURACY or PREDICTED
+    ARGMAX: tl.constexpr = ACCURACY or COUNTS or PREDICTED
     row_max = tl.full([], float("-inf"), tl.float32)
     row_sum = tl.full([], 0.0, tl.float32)
     target_logit = tl.full([], 0.0, tl.float32)
@@ -86,9 +86,9 @@ def cross_entropy_forward(
     store_token(
         token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, smooth_sum, argmax,
         class_weight, class_weight_sum,
-        loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+        loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
         V, ignore_index, smoothing, lse_square_scale,
-        PER_TOKEN, Z_OUTPUT, ACCURACY, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
+        PER_TOKEN, Z_OUTPUT, ACCURACY, COUNTS, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def project(
 
 @triton.jit
 def strip_statistics(
-    x, weight, bias, labels, class_weight, first_class, valid_tokens, num_valid,
+    x, weight, bias, labels, class_weight, first_class, valid_tokens, valid_count,
     target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
     stride_xn, stride_xh, stride_wv, stride_wh, num_tokens, columns, H, strips, logit_scale, softcap,
     SHARDED: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
@@ -73,7 +73,7 @@ def strip_statistics(
     The maximum and the sum of exponentials relative to it, its column, ``sum_v w_v z_v``; the label's logit (tokens,)
     is stored by the strip that holds it.
     """
-    count = tl.load(num_valid)
+    count = tl.load(valid_count)
     token_tiles = tl.cdiv(count, M)
     index = tl.program_id(0)
     if index >= token_tiles * strips:
@@ -158,11 +158,11 @@ def merge_strips(
 def finish_tokens(
     labels, valid_position, target_logit, strip_max, strip_sum, strip_smooth, strip_argmax,
     class_weight, class_weight_sum,
-    loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+    loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
     num_tokens, V, stride, strips, ignore_index, smoothing, lse_square_scale,
     SHARDS: tl.constexpr, PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr,
-    PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COUNTS: tl.constexpr, PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of tokens,). Merge a token's strips, in order, and store its loss, metrics and statistics.
 
@@ -180,7 +180,7 @@ def finish_tokens(
         valid = position >= 0
     row_max, row_sum, smooth, argmax = merge_strips(
         position, valid, strip_max, strip_sum, strip_smooth, strip_argmax, stride, strips,
-        ACCURACY or PREDICTED, SMOOTHING, BLOCK,
+        ACCURACY or COUNTS or PREDICTED, SMOOTHING, BLOCK,
     )  # fmt: skip
     if SHARDS:
         target = tl.zeros([BLOCK], tl.float32)
@@ -191,9 +191,9 @@ def finish_tokens(
     store_token(
         token, in_range, label, row_max, tl.log(row_sum), target, 0.0, smooth, argmax,
         class_weight, class_weight_sum,
-        loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+        loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
         V, ignore_index, smoothing, lse_square_scale,
-        PER_TOKEN, Z_OUTPUT, ACCURACY, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
+        PER_TOKEN, Z_OUTPUT, ACCURACY, COUNTS, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
     )  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def finish_shard(
 
 @triton.jit
 def slab_gradient(
-    x, weight, bias, labels, class_weight, class_weight_sum, first_class, valid_tokens, num_valid,
+    x, weight, bias, labels, class_weight, class_weight_sum, first_class, valid_tokens, valid_count,
     saved_max, saved_log_sum, token_scale, divisors, grad_loss, slab,
     stride_xn, stride_xh, stride_wv, stride_wh, group_tokens, num_tokens, V, H,
     first_column, slab_columns, slab_stride, logit_scale, softcap, smoothing, lse_square_scale,
@@ -242,7 +242,7 @@ def slab_gradient(
     valid tokens for the columns from ``first_column``, rounded once, with the upstream gradient already in it. The last
     tile's rows that are no valid token are zero, so that a product over tokens needs no mask.
     """
-    count = tl.load(num_valid)
+    count = tl.load(valid_count)
     token_tiles = tl.cdiv(count, M)
     vocab_tiles = tl.cdiv(slab_columns, N)
     index = tl.program_id(0)

@@ -9,12 +9,12 @@ from core_kernels.kernels.logits import multiply_add, round_to
 
 @triton.jit
 def add_input_gradient(
-    slab, weight, grad_rows, num_valid, stride_wv, stride_wh, H, first_column, slab_columns, slab_stride,
+    slab, weight, grad_rows, valid_count, stride_wv, stride_wh, H, first_column, slab_columns, slab_stride,
     FIRST: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles * hidden tiles,). ``grad_rows (valid tokens, H) (+)= slab @ weight[columns]`` in float32."""
-    count = tl.load(num_valid)
+    count = tl.load(valid_count)
     token_tiles = tl.cdiv(count, M)
     hidden_tiles = tl.cdiv(H, N)
     index = tl.program_id(0)
@@ -55,20 +55,20 @@ def scatter_input_gradient(grad_rows, valid_position, grad_x, H, BLOCK: tl.const
 
 @triton.jit
 def gather_valid_rows(
-    x, valid_tokens, num_valid, valid_x, stride_xn, stride_xh, H, row_stride, BLOCK: tl.constexpr
+    x, valid_tokens, valid_count, valid_x, stride_xn, stride_xh, H, row_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Grid (tokens, blocks of H). ``valid_x (tokens, H)``: the valid tokens' rows of ``x``, packed, then zeros."""
     rank = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(valid_tokens + rank).to(tl.int64)
-    readable = h < tl.where(rank < tl.load(num_valid), H, 0)
+    readable = h < tl.where(rank < tl.load(valid_count), H, 0)
     row = tl.load(x + token * stride_xn + h.to(tl.int64) * stride_xh, mask=readable, other=0.0)
     tl.store(valid_x + rank * row_stride + h, row, mask=h < H)
 
 
 @triton.jit
 def weight_gradient(
-    slab, valid_x, grad_weight, num_valid, stride_gv, stride_gh, H, first_column, slab_columns,
+    slab, valid_x, grad_weight, valid_count, stride_gv, stride_gh, H, first_column, slab_columns,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (vocab tiles of the slab * hidden tiles,). ``grad_weight[columns] = slab.T @ valid_x``, rounded once.
@@ -76,7 +76,7 @@ def weight_gradient(
     ``slab (tokens, slab_columns)`` and ``valid_x (tokens, H)`` are tensor descriptors, of (K, M) and (K, N) blocks.
     Both are zero from the last valid token to the end of its tile.
     """
-    count = tl.load(num_valid)
+    count = tl.load(valid_count)
     vocab_tiles = tl.cdiv(slab_columns, M)
     hidden_tiles = tl.cdiv(H, N)
     tile, hidden_tile = grouped_tile(tl.program_id(0), vocab_tiles, hidden_tiles, GROUP)
@@ -94,10 +94,10 @@ def weight_gradient(
 
 @triton.jit
 def bias_gradient(
-    slab, grad_bias, num_valid, first_column, slab_columns, slab_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    slab, grad_bias, valid_count, first_column, slab_columns, slab_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Grid (blocks of slab columns,). ``grad_bias[columns]``: column sums of the slab, in float32, in order."""
-    count = tl.load(num_valid)
+    count = tl.load(valid_count)
     slab_column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     in_slab = slab_column < slab_columns
     total = tl.zeros([COLUMNS], tl.float32)

@@ -7,7 +7,7 @@ from core_kernels.kernels.logits import argmax_column, is_valid
 
 
 @triton.jit
-def compact_valid_tokens(labels, valid_tokens, valid_position, num_valid, N, V, ignore_index, BLOCK: tl.constexpr):
+def compact_valid_tokens(labels, valid_tokens, valid_position, valid_count, N, V, ignore_index, BLOCK: tl.constexpr):
     """Number the valid tokens in order, so that products can skip the others without the host knowing the count.
 
     One program. ``valid_tokens[r]`` is the r-th valid token, and those that are not valid come after all that are;
@@ -21,7 +21,7 @@ def compact_valid_tokens(labels, valid_tokens, valid_position, num_valid, N, V, 
         tl.store(valid_tokens + tl.where(valid, rank, N - 1 - (token - 1 - rank)), token, mask=token < N)
         tl.store(valid_position + token, tl.where(valid, rank, -1), mask=token < N)
         count += tl.sum(valid.to(tl.int32), 0)
-    tl.store(num_valid, count)
+    tl.store(valid_count, count)
 
 
 @triton.jit
@@ -38,10 +38,10 @@ def sum_class_weight(class_weight, class_weight_sum, V, BLOCK: tl.constexpr):
 def store_token(
     token, in_range, label, row_max, log_sum, target_logit, smooth_base, smooth_sum, argmax,
     class_weight, class_weight_sum,
-    loss, z_loss, correct, predicted, saved_max, saved_log_sum, token_scale,
+    loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
     V, ignore_index, smoothing, lse_square_scale,
-    PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, PREDICTED: tl.constexpr,
-    TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, COUNTS: tl.constexpr,
+    PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """Store what one token contributes, from its row's statistics. Device function.
 
@@ -77,20 +77,25 @@ def store_token(
         tl.store(z_loss + token, z_value, mask=in_range)
     tl.store(saved_max + token, tl.where(valid, row_max, 0.0), mask=in_range)
     tl.store(saved_log_sum + token, tl.where(valid, log_sum, 0.0), mask=in_range)
-    if ACCURACY or PREDICTED:
+    if ACCURACY or COUNTS or PREDICTED:
         prediction = tl.where(valid, argmax_column(argmax), -1)
+        is_correct = valid & (prediction == label)
         if PREDICTED:
             tl.store(predicted + token, prediction.to(predicted.dtype.element_ty), mask=in_range)
-        if ACCURACY:
-            tl.store(correct + token, (valid & (prediction == label)).to(tl.float32), mask=in_range)
+        if ACCURACY or (COUNTS and not PER_TOKEN):
+            tl.store(correct + token, is_correct.to(tl.float32), mask=in_range)
+        if COUNTS and PER_TOKEN:
+            tl.store(num_valid + token, valid.to(num_valid.dtype.element_ty), mask=in_range)
+            tl.store(num_correct + token, is_correct.to(num_correct.dtype.element_ty), mask=in_range)
 
 
 @triton.jit
 def reduce_tokens(
-    labels, token_loss, token_z_loss, token_correct, class_weight, loss, z_loss, accuracy, divisors,
+    labels, token_loss, token_z_loss, token_correct, class_weight,
+    loss, z_loss, accuracy, num_valid, num_correct, divisors,
     group_tokens, V, ignore_index,
-    MEAN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    MEAN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, COUNTS: tl.constexpr,
+    CLASS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups,). Sum or mean over a group's tokens, in a fixed order.
 
@@ -114,15 +119,17 @@ def reduce_tokens(
             sum_weight += tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
         sum_loss += tl.load(token_loss + token, mask=inside, other=0.0)
         sum_z += tl.load(token_z_loss + token, mask=inside, other=0.0)
-        if ACCURACY:
+        if ACCURACY or COUNTS:
             sum_correct += tl.load(token_correct + token, mask=inside, other=0.0)
-    num_valid = tl.sum(count, 0)
+    counted = tl.sum(count.to(tl.int32), 0)  # a float32 counts to 2**24
+    counted_correct = tl.sum(sum_correct.to(tl.int32), 0)
+    valid_count = counted.to(tl.float32)
     total_loss = tl.sum(sum_loss, 0)
     total_z = tl.sum(sum_z, 0)
     if MEAN:
-        weights = tl.sum(sum_weight, 0) if CLASS_WEIGHT else num_valid
+        weights = tl.sum(sum_weight, 0) if CLASS_WEIGHT else valid_count
         by_weight = tl.where(weights == 0.0, 0.0, 1.0 / weights)
-        by_count = tl.where(num_valid == 0.0, 0.0, 1.0 / num_valid)
+        by_count = tl.where(valid_count == 0.0, 0.0, 1.0 / valid_count)
         tl.store(divisors + 2 * group, by_weight)
         tl.store(divisors + 2 * group + 1, by_count)
         total_loss = total_loss * by_weight
@@ -131,4 +138,7 @@ def reduce_tokens(
     if Z_OUTPUT:
         tl.store(z_loss + group, total_z)
     if ACCURACY:
-        tl.store(accuracy + group, tl.where(num_valid == 0.0, 0.0, tl.sum(sum_correct, 0) / num_valid))
+        tl.store(accuracy + group, tl.where(counted == 0, 0.0, counted_correct.to(tl.float32) / valid_count))
+    if COUNTS:
+        tl.store(num_valid + group, counted.to(num_valid.dtype.element_ty))
+        tl.store(num_correct + group, counted_correct.to(num_correct.dtype.element_ty))

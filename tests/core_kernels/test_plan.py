@@ -122,7 +122,7 @@ def test_predictions_have_the_dtype_that_is_asked_for(index_dtype: torch.dtype) 
 
 # ---- no buffer in vain
 
-COMPACTION = {"valid_tokens", "valid_position", "num_valid"}
+COMPACTION = {"valid_tokens", "valid_position", "valid_count"}
 STRIPS = {"target_logit", "strip_max", "strip_sum"}
 
 

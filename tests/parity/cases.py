@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-METRICS = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+METRICS = {
+    "return_z_loss": True,
+    "return_token_accuracy": True,
+    "return_predicted_tokens": True,
+    "return_counts": True,
+}
 EVERYTHING = {"label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 8.0, "logit_scale": 0.7}
 
 
@@ -240,6 +245,8 @@ def _table() -> list[Case]:
     add("class_weight", *both, class_weight=True)
     add("class_weight_none", *both, class_weight=True, **options(reduction="none"))
     add("weighted_smoothing", *both, class_weight=True, **options(label_smoothing=0.2))
+    add("num_items", *both, class_weight=True, **options(num_items_in_batch=101, lse_square_scale=0.01))
+    add("num_items_none_valid", *both, data="all_ignored", **options(num_items_in_batch=0))
     add("ignore_inside_vocab", *both, **options(ignore_index=17))
     add("ignore_beyond_vocab", *both, **options(ignore_index=300))
     for reduction in ("mean", "sum", "none"):

@@ -57,6 +57,8 @@ def _losses(case: Case, inputs: Inputs, arrays: dict[str, Tensor]) -> tuple[Tens
         at = valid.nonzero()[:, 0]
         zeros = torch.zeros(labels.shape, device=device)
         ce, z_loss = zeros.index_put((at,), ce), zeros.index_put((at,), z_loss)
+    elif options.get("num_items_in_batch"):
+        ce, z_loss = ce.sum() / options["num_items_in_batch"], z_loss.sum() / options["num_items_in_batch"]
     elif case.reduction == "sum" or not len(y):
         ce, z_loss = ce.sum(), z_loss.sum()
     else:

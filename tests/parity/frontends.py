@@ -11,7 +11,8 @@ from torch import Tensor
 from tests.parity import oracle
 from tests.parity.cases import METRICS, Case, Inputs
 
-Results = dict[str, np.ndarray]  # loss, z_loss, token_accuracy, predicted_tokens, grad_*, in the dtypes they came in
+OUTPUTS = ("loss", "z_loss", "token_accuracy", "predicted_tokens", "num_valid", "num_correct")
+Results = dict[str, np.ndarray]  # OUTPUTS, and grad_*, in the dtypes they came in
 
 
 def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
@@ -34,7 +35,7 @@ def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
     else:
         out = torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
     out.loss.backward(upstream)
-    results = {name: getattr(out, name) for name in ("loss", "z_loss", "token_accuracy", "predicted_tokens")}
+    results = {name: getattr(out, name) for name in OUTPUTS}
     return {k: to_numpy(v) for k, v in {**results, **{f"grad_{k}": v.grad for k, v in arrays.items()}}.items()}
 
 
@@ -72,7 +73,7 @@ def run_jax(case: Case, inputs: Inputs) -> Results:
     out, gradients = value_and_gradients(arrays, _to_jax(inputs.upstream))
     if hv:
         gradients["weight"] = gradients["weight"].T
-    results = {name: getattr(out, name) for name in ("loss", "z_loss", "token_accuracy", "predicted_tokens")}
+    results = {name: getattr(out, name) for name in OUTPUTS}
     return {k: np.asarray(v) for k, v in {**results, **{f"grad_{k}": v for k, v in gradients.items()}}.items()}
 
 
@@ -86,10 +87,7 @@ def run_oracle(case: Case, inputs: Inputs) -> Results:
     else:
         expected = oracle.cross_entropy(arrays["logits"], labels, **shared)
     return {
-        "loss": expected.loss,
-        "z_loss": expected.z_loss,
-        "token_accuracy": expected.token_accuracy,
-        "predicted_tokens": expected.predicted_tokens,
+        **{name: getattr(expected, name) for name in OUTPUTS},
         **{f"grad_{k}": v for k, v in expected.gradients.items()},
     }
 

@@ -27,6 +27,8 @@ class Expected:
     z_loss: FloatArray  # as loss; it is part of loss already
     token_accuracy: FloatArray  # as loss
     predicted_tokens: IntArray  # always the labels' shape
+    num_valid: IntArray  # as loss
+    num_correct: IntArray  # as loss
     gradients: dict[str, FloatArray]
 
 
@@ -42,6 +44,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "mean",
+    num_items_in_batch: int | None = None,
     use_token_scaling: bool = False,
 ) -> Expected:
     """Cross entropy of `logits` (..., V) with `labels` (...); gradients: "logits"."""
@@ -57,6 +60,7 @@ def cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale,
         reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
         use_token_scaling=use_token_scaling,
     )
 
@@ -80,6 +84,7 @@ def fused_linear_ce(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     reduction: str = "mean",
+    num_items_in_batch: int | None = None,
     use_token_scaling: bool = False,
 ) -> Expected:
     """Cross entropy of `x @ weight.T + bias`: x (..., H), weight (V, H), bias (V,), labels (...).
@@ -99,6 +104,7 @@ def fused_linear_ce(
         softcap=softcap,
         logit_scale=logit_scale,
         reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
         use_token_scaling=use_token_scaling,
     )
 
@@ -166,6 +172,7 @@ class _Options:
     softcap: float | None
     logit_scale: float
     reduction: str
+    num_items_in_batch: int | None
     use_token_scaling: bool
 
 
@@ -262,6 +269,8 @@ def _divisors(tokens: _Tokens, options: _Options) -> tuple[float, float]:
     """What the CE part and the z-loss part are divided by."""
     if options.reduction != "mean":
         return 1.0, 1.0
+    if options.num_items_in_batch is not None:
+        return (float(max(options.num_items_in_batch, 1)),) * 2
     return float(options.class_weight[tokens.labels].sum()), float(tokens.labels.size)
 
 
@@ -294,6 +303,8 @@ def _expected(tokens: _Tokens, batch: _Batch, options: _Options, gradients: dict
 
     correct = (tokens.predictions == tokens.labels).astype(np.float64)
     token_accuracy = _reduce(correct, float(correct.size), 0.0, batch, options.reduction)
+    num_valid = _reduce(np.ones(correct.size), 1.0, 0.0, batch, options.reduction)
+    num_correct = _reduce(correct, 1.0, 0.0, batch, options.reduction)
     predicted_tokens = np.full(batch.size, NO_PREDICTION, np.int64)
     predicted_tokens[batch.valid] = tokens.predictions
     return Expected(
@@ -301,5 +312,7 @@ def _expected(tokens: _Tokens, batch: _Batch, options: _Options, gradients: dict
         z_loss=z_loss,
         token_accuracy=token_accuracy,
         predicted_tokens=predicted_tokens.reshape(batch.shape),
+        num_valid=num_valid.astype(np.int64),
+        num_correct=num_correct.astype(np.int64),
         gradients=gradients,
     )

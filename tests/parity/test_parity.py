@@ -10,6 +10,7 @@ from tests.parity import framework, frontends
 from tests.parity.cases import CASES, Case, make_inputs
 from tests.support import suite_device
 
+INTEGERS = ("predicted_tokens", "num_valid", "num_correct")
 # Beyond twice plain torch's own error: a few roundings of a float32 result, one of a 16-bit one.
 EPSILON = {torch.float32: 8 * 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
@@ -43,10 +44,12 @@ def _check(
     plain: dict[str, torch.Tensor],
 ) -> None:
     assert ours.keys() == expected.keys(), frontend
-    assert np.array_equal(ours["predicted_tokens"], expected["predicted_tokens"]), frontend
+    for key in INTEGERS:
+        assert np.issubdtype(ours[key].dtype, np.integer), f"{frontend} {key}"
+        assert np.array_equal(ours[key], expected[key]), f"{frontend} {key}"
     assert ours["token_accuracy"].dtype == np.float32, frontend
     assert np.allclose(ours["token_accuracy"], expected["token_accuracy"], rtol=1e-6, atol=0), frontend
-    for key in expected.keys() - {"predicted_tokens", "token_accuracy"}:
+    for key in expected.keys() - {*INTEGERS, "token_accuracy"}:
         is_gradient = key.startswith("grad_")
         assert is_gradient or ours[key].dtype == np.float32, f"{frontend} {key}"
         epsilon = EPSILON[case.dtype if is_gradient else torch.float32]

@@ -40,10 +40,12 @@ from torch_api import (
 
 REQUIRED = inspect.Parameter.empty
 FLAGS = {
-    "return_z_loss": "z_loss",
-    "return_token_accuracy": "token_accuracy",
-    "return_predicted_tokens": "predicted_tokens",
+    "return_z_loss": ("z_loss",),
+    "return_token_accuracy": ("token_accuracy",),
+    "return_predicted_tokens": ("predicted_tokens",),
+    "return_counts": ("num_valid", "num_correct"),
 }
+FIELDS = sum(FLAGS.values(), start=())
 
 # (name, default) in order: what may be positional, then what is keyword-only.
 SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str, Any]]]] = {
@@ -63,7 +65,13 @@ SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str
             ("return_token_accuracy", False),
             ("return_predicted_tokens", False),
         ],
-        [("logit_scale", 1.0), ("engine", "auto"), ("check_labels", False)],
+        [
+            ("logit_scale", 1.0),
+            ("return_counts", False),
+            ("num_items_in_batch", None),
+            ("engine", "auto"),
+            ("check_labels", False),
+        ],
     ),
     fused_linear_cross_entropy: (
         [
@@ -83,7 +91,15 @@ SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str
             ("return_token_accuracy", False),
             ("return_predicted_tokens", False),
         ],
-        [("logit_scale", 1.0), ("memory", "auto"), ("engine", "auto"), ("check_labels", False)],
+        [
+            ("logit_scale", 1.0),
+            ("return_counts", False),
+            ("num_items_in_batch", None),
+            ("process_group", None),
+            ("memory", "auto"),
+            ("engine", "auto"),
+            ("check_labels", False),
+        ],
     ),
     CrossEntropyLoss: (
         [
@@ -97,7 +113,7 @@ SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str
             ("return_token_accuracy", False),
             ("return_predicted_tokens", False),
         ],
-        [("logit_scale", 1.0), ("engine", "auto"), ("check_labels", False)],
+        [("logit_scale", 1.0), ("return_counts", False), ("engine", "auto"), ("check_labels", False)],
     ),
     FusedLinearCrossEntropyLoss: (
         [
@@ -113,12 +129,22 @@ SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str
             ("return_token_accuracy", False),
             ("return_predicted_tokens", False),
         ],
-        [("logit_scale", 1.0), ("memory", "auto"), ("engine", "auto"), ("check_labels", False)],
+        [
+            ("logit_scale", 1.0),
+            ("return_counts", False),
+            ("process_group", None),
+            ("memory", "auto"),
+            ("engine", "auto"),
+            ("check_labels", False),
+        ],
     ),
-    CrossEntropyLoss.forward: ([("self", REQUIRED), ("input", REQUIRED), ("target", REQUIRED)], []),
+    CrossEntropyLoss.forward: (
+        [("self", REQUIRED), ("input", REQUIRED), ("target", REQUIRED)],
+        [("num_items_in_batch", None)],
+    ),
     FusedLinearCrossEntropyLoss.forward: (
         [("self", REQUIRED), ("lin_weight", REQUIRED), ("input", REQUIRED), ("target", REQUIRED), ("bias", None)],
-        [],
+        [("num_items_in_batch", None)],
     ),
 }
 
@@ -150,7 +176,7 @@ def test_public_names() -> None:
         "cross_entropy",
         "fused_linear_cross_entropy",
     ]
-    assert [field.name for field in fields(CrossEntropyOutput)] == ["loss", *FLAGS.values()]
+    assert [field.name for field in fields(CrossEntropyOutput)] == ["loss", *FIELDS]
 
 
 # ---- modules
@@ -165,6 +191,7 @@ ALL_OPTIONS: dict[str, Any] = {
     "return_z_loss": True,
     "return_token_accuracy": True,
     "return_predicted_tokens": True,
+    "return_counts": True,
     "logit_scale": 0.5,
     "engine": "torch",
     "check_labels": True,
@@ -178,10 +205,10 @@ def module_and_function(linear: bool) -> tuple[type[torch.nn.Module], Loss, dict
     return CrossEntropyLoss, cross_entropy, ALL_OPTIONS
 
 
-def call_module(module: torch.nn.Module, arguments: Arguments) -> Any:
+def call_module(module: torch.nn.Module, arguments: Arguments, **options: Any) -> Any:
     if isinstance(module, FusedLinearCrossEntropyLoss):
-        return module(arguments["weight"], arguments["input"], arguments["target"], arguments["bias"])
-    return module(arguments["input"], arguments["target"])
+        return module(arguments["weight"], arguments["input"], arguments["target"], arguments["bias"], **options)
+    return module(arguments["input"], arguments["target"], **options)
 
 
 def class_weight_name(loss_fn: Loss) -> str:
@@ -191,6 +218,7 @@ def class_weight_name(loss_fn: Loss) -> str:
 @pytest.mark.parametrize("linear", [False, True])
 def test_a_module_passes_every_option_on(device: torch.device, monkeypatch: pytest.MonkeyPatch, linear: bool) -> None:
     module_class, loss_fn, options = module_and_function(linear)
+    options |= {"process_group": object()} if linear else {}
     weight_name = class_weight_name(loss_fn)
     assert {weight_name, *options} == inspect.signature(module_class).parameters.keys()
     arguments = random_arguments(loss_fn, device)
@@ -201,8 +229,9 @@ def test_a_module_passes_every_option_on(device: torch.device, monkeypatch: pyte
 
     monkeypatch.setattr(modules, loss_fn.__name__, record)
     module = module_class(**{weight_name: arguments[weight_name]}, **options)
-    call_module(module, arguments)
+    call_module(module, arguments, num_items_in_batch=5)
     (passed,) = bound
+    assert passed.pop("num_items_in_batch") == 5
     assert passed.keys() == {*arguments, *options}
     assert all(passed[name] is arguments[name] for name in arguments)
     assert {name: passed[name] for name in options} == options
@@ -274,8 +303,8 @@ def test_one_flag_fills_one_field(device: torch.device, loss_fn: Loss, flag: str
     wanted = expected(loss_fn, arguments, lse_square_scale=0.05)
     assert type(output) is CrossEntropyOutput
     assert_close(output.loss, wanted.loss)
-    for name in FLAGS.values():
-        if name == FLAGS[flag]:
+    for name in FIELDS:
+        if name in FLAGS[flag]:
             assert_close(getattr(output, name), getattr(wanted, name))
         else:
             assert getattr(output, name) is None
@@ -290,9 +319,10 @@ def test_shapes_dtypes_and_values_of_every_result(
     arguments = random_arguments(loss_fn, device, leading)
     output = loss_fn(**arguments, reduction=reduction, lse_square_scale=0.05, **dict.fromkeys(FLAGS, True))
     wanted = expected(loss_fn, arguments, reduction=reduction, lse_square_scale=0.05)
-    for name in ("loss", "z_loss", "token_accuracy"):
+    for name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct"):
         result = getattr(output, name)
-        assert (result.dtype, result.device) == (torch.float32, arguments["input"].device)
+        dtype = torch.int64 if name.startswith("num_") else torch.float32
+        assert (result.dtype, result.device) == (dtype, arguments["input"].device)
         assert result.shape == (leading if reduction == "none" else ())
         assert_close(result, getattr(wanted, name))
     assert output.predicted_tokens.dtype == torch.int64
