@@ -325,6 +325,8 @@ def _summed(reduction: str, num_items_in_batch: int | jax.Array | None) -> str:
         raise TypeError(f"num_items_in_batch must be an int or an array, got {num_items_in_batch!r}")
     if np.size(num_items_in_batch) != 1:
         raise ValueError(f"num_items_in_batch must be one number, got shape {np.shape(num_items_in_batch)}")
+    if isinstance(num_items_in_batch, int) and num_items_in_batch < 0:
+        raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
     if reduction != "mean":
         raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
     return "sum"

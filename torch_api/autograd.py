@@ -30,7 +30,16 @@ class PlannedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(step: str, shard: Shard | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        step: str,
+        shard: Shard | None,
+        rows: Tensor,
+        weight: Tensor | None,
+        labels: Tensor,
+        bias: Tensor | None,
+        class_weight: Tensor | None,
+    ) -> tuple[Tensor, ...]:  # one by one: the compiler counts parameters to know whether there is a ctx
+        inputs = (rows, weight, labels, bias, class_weight)
         if shard is not None:
             return tuple(loss_over_shards(step, shard, *inputs))
         return tuple(launch([tensor for tensor in inputs if tensor is not None], step))
@@ -44,7 +53,8 @@ class PlannedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        inputs, saved = ctx.saved_tensors[: len(LINEAR)], ctx.saved_tensors[len(LINEAR) :]
+        tensors = ctx.saved_tensors  # once: to read them may compute them again
+        inputs, saved = tensors[: len(LINEAR)], tensors[len(LINEAR) :]
         names = LINEAR if inputs[1] is not None else LOGITS
         wanted = [need and name in DIFFERENTIABLE for need, name in zip(ctx.needs_input_grad[2:], names, strict=True)]
         if grad_loss is None or not any(wanted):

@@ -201,7 +201,7 @@ def fused_linear_cross_entropy(
     """
     if accum_dtype is not None and not isinstance(accum_dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and _autocasts(input.device.type):
         # As autocast casts the operands of a linear layer; gradients come back in the tensors' own dtypes.
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
@@ -256,8 +256,8 @@ def _facts(required: dict[str, Any], optional: dict[str, Any]) -> list[Facts | N
     agree = agree and (weight is None or rows.shape[-1:] == weight.shape[1:])
     shapes = {"input": (-1, rows.shape[-1]), "target": (-1,)} if agree else {}
     return [
-        None if tensor is None else (name, shapes.get(name, tuple(tensor.shape)), tensor.dtype, tensor.device)
-        for name, tensor in tensors.items()
+        None if t is None else (name, tuple(map(int, shapes.get(name, t.shape))), t.dtype, t.device)
+        for name, t in tensors.items()
     ]
 
 
@@ -286,6 +286,10 @@ def _linear_step(
     return encode(core.Step("loss", problem, core.Options(**options), engine, memory))
 
 
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _argument(facts: Facts | None) -> Any:
     return None if facts is None else core.Argument(*facts)
 
@@ -298,6 +302,8 @@ def _summed(reduction: str, num_items_in_batch: int | Tensor | None) -> str:
         raise TypeError(f"num_items_in_batch must be an int or a tensor, got {num_items_in_batch!r}")
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
         raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}")
+    if isinstance(num_items_in_batch, int) and num_items_in_batch < 0:
+        raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
     if reduction != "mean":
         raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
     return "sum"

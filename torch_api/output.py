@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -26,3 +27,6 @@ class CrossEntropyOutput:
     predicted_tokens: Tensor | None = None
     num_valid: Tensor | None = None
     num_correct: Tensor | None = None
+
+
+torch.export.register_dataclass(CrossEntropyOutput)  # a tree of tensors, to torch.func, to exporting and to tracing

@@ -26,15 +26,21 @@ class Shard(NamedTuple):
         return torch.full((1,), self.first_class, dtype=torch.int32, device=device)
 
 
-def loss_over_shards(step: str, shard: Shard, *inputs: Tensor | None) -> list[Tensor]:
-    """The results of the loss ``step`` over the whole vocab, on every rank. ``inputs`` are those of ``LINEAR``.
+def loss_over_shards(
+    step: str,
+    shard: Shard,
+    rows: Tensor,
+    weight: Tensor | None,
+    labels: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+) -> list[Tensor]:
+    """The results of the loss ``step`` over the whole vocab, on every rank.
 
     Each rank computes what its shard knows of every token (its maximum, sum of exponentials, argmax, and the label's
     logit if it holds it). Gathered, that is all that the loss and its metrics need.
     """
-    rows, _, labels, _, class_weight = inputs
-    assert rows is not None and labels is not None
-    present = [tensor for tensor in inputs if tensor is not None]
+    present = [tensor for tensor in (rows, weight, labels, bias, class_weight) if tensor is not None]
     (known,) = launch([*present, shard.first_class_on(rows.device)], step_of_kind(step, "shard"))
     gathered = known.new_empty((shard.shards * known.shape[0], known.shape[1]))
     _all_gather(gathered, known, group=shard.group)

@@ -25,7 +25,12 @@ Loss = Callable[[Arrays], jax.Array]
 TOKENS, VOCAB, HIDDEN = 7, 70, 10  # several tiles of the vocabulary, the last one ragged
 IGNORED = -100
 OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.02, "softcap": 6.0, "logit_scale": 0.8}
-METRICS = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
+METRICS = {
+    "return_z_loss": True,
+    "return_token_accuracy": True,
+    "return_predicted_tokens": True,
+    "return_counts": True,
+}
 UPSTREAM = -1.7
 
 

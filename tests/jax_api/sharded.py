@@ -137,13 +137,14 @@ def assert_as_whole(
     assert_close(output, whole)
     assert_close(gradients, whole_gradients)
     assert_same_bits(output.predicted_tokens, whole.predicted_tokens)
-    assert_same_bits(output.token_accuracy, whole.token_accuracy)
+    for name in ("token_accuracy", "num_valid", "num_correct"):
+        assert_same_bits(getattr(output, name), getattr(whole, name))
 
     options["class_weight"] = options.pop("ce_weight", None)
     want = LINEAR.expected(
         Problem(problem.primals, labels, problem.class_weight, upstream), upstream=upstream, **options
     )
-    for name in ("loss", "z_loss", "token_accuracy"):
+    for name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct"):
         assert_as_expected(getattr(output, name), getattr(want, name))
     np.testing.assert_array_equal(output.predicted_tokens, want.predicted_tokens)
     assert_gradients(gradients, want.gradients)

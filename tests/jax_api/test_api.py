@@ -36,9 +36,10 @@ from tests.jax_api.problems import (
 )
 
 FIELDS = {
-    "return_z_loss": "z_loss",
-    "return_token_accuracy": "token_accuracy",
-    "return_predicted_tokens": "predicted_tokens",
+    "return_z_loss": ("z_loss",),
+    "return_token_accuracy": ("token_accuracy",),
+    "return_predicted_tokens": ("predicted_tokens",),
+    "return_counts": ("num_valid", "num_correct"),
 }
 
 # ---- signatures
@@ -62,6 +63,8 @@ SHARED_KEYWORDS = {
     "return_token_accuracy": False,
     "return_predicted_tokens": False,
     "logit_scale": 1.0,
+    "return_counts": False,
+    "num_items_in_batch": None,
     "where": None,
     "engine": "auto",
     "check_labels": False,
@@ -105,9 +108,9 @@ def test_options_have_the_names_and_defaults_of_the_torch_frontend(
         parameters = inspect.signature(function).parameters.values()
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
-    legacy = {"size_average", "reduce"}  # of torch, deprecated there
+    torch_only = {"size_average", "reduce", "process_group"}  # two that are deprecated; vocab_axis is the third
     jax_only = {"where", "weight_layout", "vocab_axis", "cuda_graph"}
-    theirs_alone = {name: default for name, default in options(theirs).items() if name not in legacy}
+    theirs_alone = {name: default for name, default in options(theirs).items() if name not in torch_only}
     assert {name: default for name, default in options(ours).items() if name not in jax_only} == theirs_alone
 
 
@@ -135,7 +138,7 @@ def test_a_flag_fills_its_field_and_no_other(operation: Operation, flag: str, re
     want = operation.expected(problem, reduction=reduction, **OPTIONS)
     for field in dataclasses.fields(CrossEntropyOutput):
         value = getattr(out, field.name)
-        if field.name in ("loss", FIELDS[flag]):
+        if field.name in ("loss", *FIELDS[flag]):
             assert_as_expected(value, getattr(want, field.name))
         else:
             assert value is None
@@ -157,9 +160,9 @@ def test_the_output_is_a_pytree() -> None:
 
 def test_the_fields_of_the_output_are_in_order() -> None:
     fields = [field.name for field in dataclasses.fields(CrossEntropyOutput)]
-    assert fields == ["loss", "z_loss", "token_accuracy", "predicted_tokens"]
-    full = CrossEntropyOutput(*(jnp.float32(index) for index in range(4)))
-    assert [float(leaf) for leaf in jax.tree.leaves(full)] == [0, 1, 2, 3]
+    assert fields == ["loss", "z_loss", "token_accuracy", "predicted_tokens", "num_valid", "num_correct"]
+    full = CrossEntropyOutput(*(jnp.float32(index) for index in range(6)))
+    assert [float(leaf) for leaf in jax.tree.leaves(full)] == [0, 1, 2, 3, 4, 5]
     with pytest.raises(dataclasses.FrozenInstanceError):
         full.loss = jnp.float32(1)  # type: ignore[misc]
 
@@ -214,8 +217,9 @@ def test_x64_widens_predictions_and_labels_and_nothing_else(
         labels = problem.labels.astype(label_dtype)
         assert labels.dtype == label_dtype
         (loss, out), gradients = run(dataclasses.replace(problem, labels=labels))
-        assert out.predicted_tokens.dtype == jnp.int64
-        out = dataclasses.replace(out, predicted_tokens=out.predicted_tokens.astype(jnp.int32))
+        for name in ("predicted_tokens", "num_valid", "num_correct"):
+            assert getattr(out, name).dtype == jnp.int64
+            out = dataclasses.replace(out, **{name: getattr(out, name).astype(jnp.int32)})
     assert_same_bits((loss, out, gradients), (narrow_loss, narrow, narrow_gradients))
 
 
@@ -275,7 +279,8 @@ def test_an_empty_batch_has_loss_0_and_gradient_0(
     (_, out), gradients = transform(jax.value_and_grad(total_and_output, has_aux=True))(problem.primals)
     per_token = jnp.zeros(leading)
     reduced = per_token if reduction == "none" else jnp.float32(0)
-    assert_same_bits(out, CrossEntropyOutput(reduced, reduced, reduced, per_token.astype(jnp.int32)))
+    no_tokens, count = per_token.astype(jnp.int32), reduced.astype(jnp.int32)
+    assert_same_bits(out, CrossEntropyOutput(reduced, reduced, reduced, no_tokens, count, count))
     assert_same_bits(gradients, jax.tree.map(jnp.zeros_like, problem.primals))
 
 

@@ -48,7 +48,7 @@ class Bad:
 
 def bad_options(function: Callable[..., Any]) -> list[Bad]:
     """Options that both functions have."""
-    flags = ("return_z_loss", "return_token_accuracy", "return_predicted_tokens", "check_labels")
+    flags = ("return_z_loss", "return_token_accuracy", "return_predicted_tokens", "return_counts", "check_labels")
     numbers = ("label_smoothing", "lse_square_scale", "logit_scale", "softcap")
     table: list[tuple[dict[str, Any], type[Exception], str]] = [
         *(({name: 1}, TypeError, f"{name} must be True or False, got 1") for name in flags),
@@ -72,6 +72,15 @@ def bad_options(function: Callable[..., Any]) -> list[Bad]:
         ({"ignore_index": 2**63}, ValueError, "ignore_index must fit in 64 bits, got 9223372036854775808"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got 'avg'"),
         ({"reduction": None}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got None"),
+        ({"num_items_in_batch": 7.0}, TypeError, "num_items_in_batch must be an int or an array, got 7.0"),
+        ({"num_items_in_batch": True}, TypeError, "num_items_in_batch must be an int or an array, got True"),
+        ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch must not be negative, got -1"),
+        ({"num_items_in_batch": Spec((2,))}, ValueError, "num_items_in_batch must be one number, got shape (2,)"),
+        (
+            {"num_items_in_batch": 7, "reduction": "sum"},
+            ValueError,
+            "num_items_in_batch must be None unless reduction is 'mean', got reduction='sum'",
+        ),
         ({"engine": "cuda"}, ValueError, "engine must be one of 'auto', 'triton' and 'torch', got 'cuda'"),
         ({"engine": None}, ValueError, "engine must be one of 'auto', 'triton' and 'torch', got None"),
         ({"where": Spec((2, 3), jnp.int32)}, TypeError, "where must be boolean, got int32"),

@@ -191,7 +191,7 @@ def test_metrics_of_a_batch(operation: Operation, reduction: str, shared: bool) 
     mapped = jax.vmap(
         lambda arrays: operation.function(**arrays, **METRICS, **options),
         in_axes(arrays, axes),
-        CrossEntropyOutput(out_axis, out_axis, out_axis, -1),
+        CrossEntropyOutput(out_axis, out_axis, out_axis, -1, out_axis, out_axis),
     )
 
     def total(primals: Arrays) -> tuple[jax.Array, CrossEntropyOutput]:
@@ -204,8 +204,8 @@ def test_metrics_of_a_batch(operation: Operation, reduction: str, shared: bool) 
         one = entry(arrays, axes, index)
         problem = Problem(floats(operation, one), one["labels"], one[operation.class_weight], upstream)
         wants.append(operation.expected(problem, upstream=upstream[index], **options))
-    for field, axis in (("loss", out_axis), ("z_loss", out_axis), ("token_accuracy", out_axis)):
-        assert_as_expected(getattr(out, field), np.stack([getattr(want, field) for want in wants], axis))
+    for field in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct"):
+        assert_as_expected(getattr(out, field), np.stack([getattr(want, field) for want in wants], out_axis))
     assert_as_expected(out.predicted_tokens, np.stack([want.predicted_tokens for want in wants], -1), 0, 0)
     for name, by_name in gradients.items():
         by_entry = [want.gradients[name] for want in wants]

@@ -70,7 +70,7 @@ OPTIONS: list[Case] = [
     ({"lse_square_scale": None}, TypeError, "lse_square_scale must be a Python number, got None"),
     ({"logit_scale": None}, TypeError, "logit_scale must be a Python number, got None"),
     *(case for name in ("return_z_loss", "return_token_accuracy") for case in flag_cases(name)),
-    *(case for name in ("return_predicted_tokens", "check_labels") for case in flag_cases(name)),
+    *(case for name in ("return_predicted_tokens", "return_counts", "check_labels") for case in flag_cases(name)),
     ({"ignore_index": 1.0}, TypeError, "ignore_index must be an int, got 1.0"),
     ({"ignore_index": True}, TypeError, "ignore_index must be an int, got True"),
     ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
@@ -81,6 +81,15 @@ OPTIONS: list[Case] = [
     ({"reduction": "Mean"}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got 'Mean'"),
     ({"reduction": None}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got None"),
     ({"reduction": True}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got True"),
+    ({"num_items_in_batch": 7.0}, TypeError, "num_items_in_batch must be an int or a tensor, got 7.0"),
+    ({"num_items_in_batch": True}, TypeError, "num_items_in_batch must be an int or a tensor, got True"),
+    ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch must not be negative, got -1"),
+    ({"num_items_in_batch": torch.ones(2)}, ValueError, "num_items_in_batch must be one number, got shape (2,)"),
+    (
+        {"num_items_in_batch": 7, "reduction": "none"},
+        ValueError,
+        "num_items_in_batch must be None unless reduction is 'mean', got reduction='none'",
+    ),
     ({"engine": "cuda"}, ValueError, "engine must be one of 'auto', 'triton' and 'torch', got 'cuda'"),
     ({"engine": None}, ValueError, "engine must be one of 'auto', 'triton' and 'torch', got None"),
 ]
@@ -94,6 +103,7 @@ LINEAR_OPTIONS: list[Case] = [
     ({"memory": 1e9}, TypeError, f"{MEMORY}1000000000.0"),
     ({"memory": None}, TypeError, f"{MEMORY}None"),
     ({"memory": True}, TypeError, f"{MEMORY}True"),
+    ({"process_group": 2}, TypeError, "process_group must be a torch.distributed.ProcessGroup or None, got 2"),
 ]
 
 SHARED_TENSORS: list[Case] = [
