@@ -38,7 +38,6 @@ class Problem:
     vocab: int
     hidden: int | None
     dtype: torch.dtype
-    label_dtype: torch.dtype
     has_bias: bool
     has_class_weight: bool
     columns: int
@@ -66,10 +65,10 @@ def logits_problem(logits: Argument, labels: Argument, class_weight: Argument | 
     vocab = logits.shape[-1]
     if vocab < 1:
         raise ValueError(f"{logits.name} must have at least one class in its last dimension, got shape {logits.shape}")
-    label_dtype = _label_dtype(labels, logits)
+    _check_labels(labels, logits)
     _check_class_weight(class_weight, vocab)
     _check_devices(logits, labels, class_weight)
-    return Problem(logits.shape[:-1], vocab, None, dtype, label_dtype, False, class_weight is not None, vocab)
+    return Problem(logits.shape[:-1], vocab, None, dtype, False, class_weight is not None, vocab)
 
 
 def linear_problem(
@@ -107,12 +106,10 @@ def linear_problem(
         raise ValueError(f"{weight.name} must not be empty, got shape {weight.shape}")
     if bias is not None and bias.shape != (columns,):
         raise ValueError(f"{bias.name} must have shape ({columns},), got {bias.shape}")
-    label_dtype = _label_dtype(labels, x)
+    _check_labels(labels, x)
     _check_class_weight(class_weight, vocab)
     _check_devices(x, weight, labels, bias, class_weight)
-    return Problem(
-        x.shape[:-1], vocab, hidden, dtype, label_dtype, bias is not None, class_weight is not None, columns, shards
-    )
+    return Problem(x.shape[:-1], vocab, hidden, dtype, bias is not None, class_weight is not None, columns, shards)
 
 
 def _name(dtype: torch.dtype | str) -> str:
@@ -125,7 +122,7 @@ def _float_dtype(argument: Argument) -> torch.dtype:
     return argument.dtype
 
 
-def _label_dtype(labels: Argument, like: Argument) -> torch.dtype:
+def _check_labels(labels: Argument, like: Argument) -> None:
     if isinstance(labels.dtype, str) or labels.dtype not in INTEGERS:
         raise TypeError(f"{labels.name} must be int32 or int64 class indices, got {_name(labels.dtype)}")
     if labels.shape != like.shape[:-1]:
@@ -133,7 +130,6 @@ def _label_dtype(labels: Argument, like: Argument) -> torch.dtype:
             f"{labels.name} must have shape {like.shape[:-1]} to match {like.name} of shape {like.shape}, "
             f"got {labels.shape}"
         )
-    return labels.dtype
 
 
 def _check_class_weight(class_weight: Argument | None, vocab: int) -> None:

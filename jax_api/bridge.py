@@ -33,6 +33,10 @@ class Call:
     transposed: frozenset[str]
     cuda_graph: bool
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.cuda_graph, bool):
+            raise TypeError(f"cuda_graph must be True or False, got {self.cuda_graph!r}")
+
     @property
     def results(self) -> tuple[Buffer, ...]:
         return self.step.results
@@ -75,6 +79,8 @@ def run(call: Call, platform: str, operands: Sequence[jax.Array]) -> tuple[jax.A
     """Run ``call`` on ``platform``, over its step's inputs in order; answers its results in order."""
     if call.step.problem.tokens == 0:  # nothing to run, and an empty array has no buffer to hand over
         return tuple(jnp.zeros_like(call.shape(buffer)) for buffer in call.results)
+    if platform != "cpu" and not torch.cuda.is_available():
+        raise RuntimeError("this program is for a GPU, and the installed torch sees none: install torch with CUDA")
     planned = plan(call.step, torch.device("cpu") if platform == "cpu" else torch.device("cuda"))
     shapes = tuple(call.shape(buffer) for buffer in planned.buffers)
     transposed = call.transposed | {f"grad_{name}" for name in call.transposed}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from core_kernels import Step
+from jax_api import placement
 
 SHARED = ("weight", "bias", "class_weight", "class_weight_sum", "first_class")  # by all tokens, and all groups
 
@@ -20,11 +22,13 @@ class Folding:
     def __init__(
         self, step: Step, names: Sequence[str], arrays: Sequence[jax.Array], dims: Sequence[int | None]
     ) -> None:
-        self.names, self.arrays, self.dims, self.one = names, arrays, dims, step
+        self.names, self.dims, self.one = names, dims, step
+        self.arrays = [placement.whole(name, array) for name, array in zip(names, arrays, strict=True)]
         self.size = next(a.shape[d] for a, d in zip(arrays, dims, strict=True) if d is not None)
         self.step = replace(step, problem=step.problem.times(self.size))
         mapped = {name.removeprefix("tangent_") for name, d in zip(names, dims, strict=True) if d is not None}
-        self.possible = not mapped & set(SHARED) and bool(mapped & {"x", "logits", "shard_statistics"})
+        shared = mapped & set(SHARED) or {"weight", "bias"} & set(step.wanted)
+        self.possible = not shared and bool(mapped & {"x", "logits", "shard_statistics"})
 
     def operands(self) -> list[jax.Array]:
         return [self._fold(*entry) for entry in zip(self.names, self.arrays, self.dims, strict=True)]
@@ -54,11 +58,22 @@ class Folding:
             return self.one.options.per_token
         return name != "divisors"
 
-    def one_by_one(self, function: Any, results: int) -> tuple[Any, Sequence[int]]:
-        """``function`` of each entry in turn; what is not mapped stays where it is."""
-        batch = [None if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(self.arrays, self.dims, strict=True)]
+    def one_by_one(self, bound: Callable[..., Any]) -> tuple[Any, Any]:
+        """``bound`` of each entry in turn; what is not mapped stays where it is. Answers results and dimensions."""
+        batch = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(self.arrays, self.dims, strict=True)]
+        results = _in_turn(bound, tuple(d is not None for d in self.dims))(*batch)
+        return results, jax.tree.map(lambda _: 0, results)
 
-        def of_entry(entry: Sequence[jax.Array | None]) -> Any:
-            return function(*(a if e is None else e for a, e in zip(self.arrays, entry, strict=True)))
 
-        return jax.lax.map(of_entry, batch), (0,) * results
+@functools.lru_cache(maxsize=1024)
+def _in_turn(bound: Callable[..., Any], mapped: tuple[bool, ...]) -> Callable[..., Any]:
+    """Compiled once for equal calls, which ``lax.map`` alone is not: it knows a function by its identity."""
+
+    @jax.jit
+    def run(*arrays: jax.Array) -> Any:
+        def of_entry(entry: list[jax.Array | None]) -> Any:
+            return bound(*(a if e is None else e for a, e in zip(arrays, entry, strict=True)))
+
+        return jax.lax.map(of_entry, [a if m else None for a, m in zip(arrays, mapped, strict=True)])
+
+    return run

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import core_kernels as core
-from jax_api import bridge, internals
+from jax_api import bridge, internals, placement
 from jax_api.loss import Axis, planned_loss
 from jax_api.output import CrossEntropyOutput
 
@@ -71,7 +71,7 @@ def cross_entropy(
             batch, of which this call has a part. An int or a scalar.
         where: boolean mask in the labels' shape; tokens where it is false are ignored.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
-        check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
+        check_labels: raise on a bad label; needs labels that nothing traces. On a CPU always done for those.
         cuda_graph: let XLA record the launches in its CUDA graphs and replay them without Python. XLA makes graphs of
             runs of five commands or more; ``jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1})`` of
             any. Without effect on a CPU.
@@ -190,7 +190,7 @@ def fused_linear_ce(
         memory: how much scratch the backward pass may take: ``"lean"``, ``"auto"``, ``"speed"``, or a number of bytes
             for the workspace of either pass. The result is the same.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
-        check_labels: raise on a bad label; needs labels that are not traced. On a CPU, outside ``jit``, always done.
+        check_labels: raise on a bad label; needs labels that nothing traces. On a CPU always done for those.
         cuda_graph: let XLA record the launches in its CUDA graphs and replay them without Python. XLA makes graphs of
             runs of five commands or more; ``jax.jit(..., compiler_options={"xla_gpu_graph_min_graph_size": 1})`` of
             any. Without effect on a CPU.
@@ -262,12 +262,7 @@ def _array(value: Any) -> Any:
 def _argument(name: str, array: jax.Array) -> core.Argument:
     if not isinstance(array, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}")
-    for dimension in internals.sharded_dimensions(array):
-        raise ValueError(
-            f"{name} is sharded over devices in dimension {dimension}: outside jax.shard_map each device would gather "
-            "it and compute the whole loss. Call the loss inside jax.shard_map, over the tokens, or with vocab_axis= "
-            "over the vocab"
-        )
+    placement.require_whole(name, array)
     return core.Argument(name, tuple(array.shape), bridge.torch_dtype(array.dtype))
 
 
@@ -294,7 +289,7 @@ def _run(
 ) -> jax.Array | CrossEntropyOutput:
     problem, options = call.step.problem, call.step.options
     _check_narrowing(inputs["labels"], where, problem.vocab, options)
-    arrays = {name: jnp.asarray(array) for name, array in inputs.items() if array is not None}
+    arrays = {name: placement.whole(name, jnp.asarray(a)) for name, a in inputs.items() if a is not None}
     if where is not None:
         arrays["labels"] = _mask(arrays["labels"], where, options.ignore_index)
     _check_labels(arrays["labels"], problem.vocab, options)
@@ -305,8 +300,10 @@ def _run(
     for name in ("x", "logits"):
         if name in arrays:
             arrays[name] = arrays[name].reshape(problem.tokens, arrays[name].shape[-1])
-    # Labels are checked by now, and a program is the same with and without.
-    call = replace(call, step=replace(call.step, options=replace(options, check_labels=False)))
+    # Labels are checked by now, and a program is the same with and without, and in whatever shape the tokens come.
+    problem_of_rows = replace(problem, leading=(problem.tokens,))
+    step = replace(call.step, problem=problem_of_rows, options=replace(options, check_labels=False))
+    call = replace(call, step=step)
     results = planned_loss(call, vocab_axis, arrays)
     shaped = {name: r.reshape(problem.leading) if r.ndim == 1 else r for name, r in results.items()}
     if num_items is not None:
@@ -340,20 +337,20 @@ def _shards(vocab_axis: Axis, weight: jax.Array) -> int | None:
     """Into how many shards the vocab is split; whether ``weight`` is one of them is checked where it can be."""
     if vocab_axis is None:
         return None
-    try:
-        shards = jax.lax.axis_size(vocab_axis)
-    except NameError:
+    axes = (vocab_axis,) if isinstance(vocab_axis, str) else vocab_axis
+    if not isinstance(axes, tuple) or not axes or not all(isinstance(axis, str) for axis in axes):
+        raise TypeError(f"vocab_axis must be None, a mesh axis' name or a tuple of them, got {vocab_axis!r}")
+    if not internals.manual_axes().issuperset(axes):
         raise ValueError(
             f"vocab_axis must name a mesh axis inside jax.shard_map, got {vocab_axis!r}, which is not one here"
-        ) from None
-    axes = {vocab_axis} if isinstance(vocab_axis, str) else set(vocab_axis)
+        )
     tracked = internals.varying_axes(jax.lax.axis_index(vocab_axis))  # nothing is under check_vma=False
-    if tracked and not axes <= internals.varying_axes(weight):
+    if tracked and not internals.varying_axes(weight).issuperset(axes):
         raise ValueError(
             f"weight must be sharded along vocab_axis={vocab_axis!r}, and is the same on all of it: give its vocab "
             f"dimension in_specs of PartitionSpec({vocab_axis!r}), or leave vocab_axis out"
         )
-    return shards
+    return jax.lax.axis_size(vocab_axis)
 
 
 def _mask(labels: jax.Array, where: jax.Array, ignore_index: int) -> jax.Array:
@@ -385,8 +382,8 @@ def _check_labels(labels: jax.Array, vocab: int, options: core.Options) -> None:
     if isinstance(labels, jax.core.Tracer):
         if options.check_labels:
             raise ValueError(
-                "check_labels=True needs labels whose values are known, and these are traced: call outside jit, or "
-                "leave it off: a bad label then gives a NaN loss"
+                "check_labels=True needs labels whose values are known, and these are traced: call outside jit and other "
+                "transformations, or leave it off: a bad label then gives a NaN loss"
             )
     elif options.check_labels or all(device.platform == "cpu" for device in labels.devices()):
         core.check_labels(torch.from_numpy(np.array(labels)), vocab, options.ignore_index, "labels")

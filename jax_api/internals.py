@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ __all__ = [
     "batching",
     "buffer_callback",
     "lower_as",
+    "manual_axes",
     "platforms_of",
     "replicas_of",
     "result_type",
@@ -31,6 +31,7 @@ __all__ = [
     "unify",
     "vary_over",
     "varying_axes",
+    "without_sharding",
 ]
 
 
@@ -45,10 +46,15 @@ def vary_over(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(array, new, to="varying") if new else array
 
 
-def unify(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def unify(*arrays: jax.Array) -> list[jax.Array]:
     """``arrays``, each varying over every axis that any of them varies over, as one operation needs its operands."""
-    axes = varying_axes(*arrays.values())
-    return {name: vary_over(array, axes) for name, array in arrays.items()}
+    axes = varying_axes(*arrays)
+    return [vary_over(array, axes) for array in arrays]
+
+
+def manual_axes() -> frozenset[str]:
+    """The mesh axes that ``shard_map`` has made manual here."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def result_type(operands: tuple[Any, ...], shape: tuple[int, ...], dtype: Any) -> Any:
@@ -65,11 +71,26 @@ def tangent_zero(array: jax.Array) -> SymbolicZero:
 def sharded_dimensions(array: Any) -> tuple[int, ...]:
     """Dimensions of ``array`` that are known to be spread over devices here and now; none inside ``shard_map``."""
     if isinstance(array, jax.core.Tracer):  # known if the mesh's axes are explicit
-        return tuple(i for i, axes in enumerate(jax.typeof(array).sharding.spec) if axes is not None)
+        sharding = jax.typeof(array).sharding
+        parts = [math.prod(sharding.mesh.shape[axis] for axis in _axes(entry)) for entry in sharding.spec]
+        return tuple(i for i, count in enumerate(parts) if count > 1)
     if not isinstance(array, jax.Array):
         return ()
     shard = array.sharding.shard_shape(array.shape)
     return tuple(i for i, (whole, part) in enumerate(zip(array.shape, shard, strict=True)) if whole != part)
+
+
+def without_sharding(array: jax.Array) -> jax.Array:
+    """``array`` with a type that spreads no dimension over a mesh axis."""
+    sharding = jax.typeof(array).sharding
+    if not any(_axes(entry) for entry in sharding.spec):
+        return array
+    return jax.sharding.reshard(array, NamedSharding(sharding.mesh, PartitionSpec(*(None for _ in array.shape))))
+
+
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one dimension, as a ``PartitionSpec`` says it."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def lower_as(primitive: Primitive, rule: Any) -> None:

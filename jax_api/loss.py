@@ -57,5 +57,6 @@ def _loss_jvp(call: Call, vocab_axis: Axis, primals: tuple[Arrays], tangents: tu
     if wanted:
         answer["loss"] = loss_tangent(call, {**inputs, **results}, wanted)
         if vocab_axis is not None:  # each shard knows its part of it
-            answer["loss"] = jax.lax.psum(answer["loss"], vocab_axis)
+            summed = jax.lax.psum(answer["loss"], vocab_axis)
+            answer["loss"] = internals.vary_over(summed, internals.varying_axes(outputs["loss"]))
     return outputs, answer

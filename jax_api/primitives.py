@@ -8,15 +8,14 @@ gradient is one sum over the batch (a ``custom_vjp`` would be asked for one grad
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
 from core_kernels import Step
-from jax_api import bridge, internals
+from jax_api import bridge, internals, placement
 from jax_api.bridge import Call
 from jax_api.folding import Folding
 from jax_api.internals import Primitive, ad, batching
@@ -32,19 +31,18 @@ _tangent = Primitive("twinhead_tangent")
 
 def launch(call: Call, inputs: Arrays) -> dict[str, jax.Array]:
     """Run ``call`` over its step's inputs, by name; answers what it computes and saves, by name."""
-    operands = internals.unify({name: inputs[name] for name in call.step.inputs})
-    results = _launch.bind(*operands.values(), call=call)
+    results = _bind(_launch, *(inputs[name] for name in call.step.inputs), call=call)
     return {buffer.name: result for buffer, result in zip(call.results, results, strict=True)}
 
 
 def loss_tangent(call: Call, residuals: Arrays, tangents: Arrays) -> jax.Array:
     """The loss's tangent, linear in ``tangents``, given the inputs and what the loss step saved."""
-    operands = internals.unify({**{name: residuals[name] for name in _residual_names(call.step)}, **_tagged(tangents)})
-    return _tangent.bind(*operands.values(), call=call, wanted=tuple(tangents))
+    operands = (*(residuals[name] for name in _residual_names(call.step)), *tangents.values())
+    return _bind(_tangent, *operands, call=call, wanted=tuple(tangents))
 
 
-def _tagged(tangents: Arrays) -> dict[str, jax.Array]:
-    return {f"tangent_{name}": tangent for name, tangent in tangents.items()}
+def _bind(primitive: Primitive, *operands: jax.Array, **parameters: Any) -> Any:
+    return primitive.bind(*internals.unify(*operands), **parameters)
 
 
 def _residual_names(step: Step) -> tuple[str, ...]:
@@ -87,14 +85,7 @@ def _compile_launch(context: Any, types: Sequence[Any], *, call: Call) -> Any:
             f"twinhead compiles for one platform of {', '.join(SUPPORTED)}, and this program is for "
             f"{', '.join(platforms)}: use a loss in plain JAX there"
         )
-    replicas = internals.replicas_of(context)
-    if replicas > 1:
-        warnings.warn(
-            f"twinhead: outside jax.shard_map, each of the {replicas} devices of this program computes the whole loss, "
-            "gathering what is sharded. Call the loss inside jax.shard_map, over the tokens, or with vocab_axis= over "
-            "the vocab",
-            stacklevel=2,
-        )
+    placement.warn_of_replicas(internals.replicas_of(context))
     return lambda *operands: bridge.run(call, platforms[0], operands)
 
 
@@ -143,11 +134,22 @@ internals.lower_as(_tangent, _no_forward_mode)
 # ---- vmap
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A primitive with its parameters, hashed by value, so that equal ones are compiled once."""
+
+    primitive: Primitive
+    parameters: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *operands: jax.Array) -> Any:
+        return _bind(self.primitive, *operands, **dict(self.parameters))
+
+
 def _batch_launch(arrays: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call) -> Any:
     folding = Folding(call.step, call.step.inputs, arrays, dims)
-    if not folding.possible or {"weight", "bias"} & set(call.step.wanted):
-        return folding.one_by_one(functools.partial(_launch.bind, call=call), len(call.results))
-    results = _launch.bind(*folding.operands(), call=replace(call, step=folding.step))
+    if not folding.possible:
+        return folding.one_by_one(_Bound(_launch, (("call", call),)))
+    results = _bind(_launch, *folding.operands(), call=replace(call, step=folding.step))
     unfolded = [folding.unfold(buffer.name, r) for buffer, r in zip(call.results, results, strict=True)]
     return [result for result, _ in unfolded], [dim for _, dim in unfolded]
 
@@ -157,9 +159,8 @@ def _batch_tangent(
 ) -> Any:
     folding = Folding(call.step, (*_residual_names(call.step), *(f"tangent_{name}" for name in wanted)), arrays, dims)
     if not folding.possible:
-        results, result_dims = folding.one_by_one(lambda *a: (_tangent.bind(*a, call=call, wanted=wanted),), 1)
-        return results[0], result_dims[0]
-    result = _tangent.bind(*folding.operands(), call=replace(call, step=folding.step), wanted=wanted)
+        return folding.one_by_one(_Bound(_tangent, (("call", call), ("wanted", wanted))))
+    result = _bind(_tangent, *folding.operands(), call=replace(call, step=folding.step), wanted=wanted)
     return folding.unfold("loss", result)
 
 

@@ -42,9 +42,9 @@ def cached_constant(make: Callable[..., Any]) -> Callable[..., Any]:
 def encode(step: Step) -> str:
     """``step`` as text, for any number of tokens."""
     fields = asdict(step)
-    fields["problem"] |= {name: _name(fields["problem"][name]) for name in ("dtype", "label_dtype")}
+    fields["index_dtype"], fields["problem"]["dtype"] = map(_name, (step.index_dtype, step.problem.dtype))
     del fields["problem"]["leading"]
-    return json.dumps(fields | {"index_dtype": _name(step.index_dtype)})
+    return json.dumps(fields)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -52,10 +52,10 @@ def decode(text: str) -> Step:
     """The step that ``text`` tells of, over tokens that are yet to be counted."""
     fields = json.loads(text)
     problem = fields["problem"]
-    problem |= {name: getattr(torch, problem[name]) for name in ("dtype", "label_dtype")}
-    problem |= {"leading": (-1,), "groups": tuple(problem["groups"])}
+    problem |= {"leading": (-1,), "groups": tuple(problem["groups"]), "dtype": getattr(torch, problem["dtype"])}
+    fields |= {"problem": Problem(**problem), "options": Options(**fields["options"])}
     fields |= {"wanted": tuple(fields["wanted"]), "index_dtype": getattr(torch, fields["index_dtype"])}
-    return Step(**fields | {"problem": Problem(**problem), "options": Options(**fields["options"])})
+    return Step(**fields)
 
 
 @cached_constant

@@ -74,6 +74,8 @@ def shard_of_dtensor(weight: Any) -> Shard | None:
             f"got {placements}: redistribute it"
         )
     shards = mesh.size()
+    if (shards - 1) * -(-vocab // shards) >= vocab:  # every rank says so, or some would wait for the others
+        raise ValueError(f"weight must have a row for each of {shards} ranks at least, got {vocab} rows in all")
     return Shard(mesh.get_group(), shards, mesh.get_local_rank() * -(-vocab // shards), vocab)
 
 

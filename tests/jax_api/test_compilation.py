@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 
-from core_kernels import Options, Step, linear_problem, plan
+from core_kernels import Options, Plan, Step, linear_problem, plan
 from core_kernels.problem import Argument
 from jax_api.bridge import Call, PlanCallback
 from tests.jax_api.problems import (
@@ -47,6 +47,13 @@ EAGER: dict[str, Callable[[Operation], Run]] = {
     "grad of vmap": lambda operation: jax.grad(
         lambda p, labels: jnp.vdot(jax.vmap(loss_of(operation), (batched(operation), 0))(p, labels), jnp.arange(2.0))
     ),
+    "vmap over everything": lambda operation: lambda p, labels: jax.vmap(loss_of(operation))(
+        p | {name: jnp.stack([p[name], -p[name]]) for name in p.keys() - {operation.rows}}, labels
+    ),
+    "grad of vmap over everything": lambda operation: jax.grad(
+        lambda p, labels: jnp.vdot(EAGER["vmap over everything"](operation)(p, labels), jnp.arange(2.0))
+    ),
+    "jacrev": lambda operation: jax.jacrev(loss_of(operation, reduction="none")),
     "vmap of grad": lambda operation: jax.vmap(
         jax.grad(lambda rows, p, labels: loss_of(operation)({**p, operation.rows: rows}, labels)), (0, None, 0)
     ),
@@ -76,6 +83,13 @@ def test_an_equal_call_made_anew_compiles_nothing(operation: Operation, spelled:
     compilations.clear()
     assert_same_bits(step(0), first)
     assert compilations == []
+
+
+@each_operation
+def test_tokens_in_another_shape_launch_the_same_program(operation: Operation, plans: list[Plan]) -> None:
+    losses = [jax.jit(loss_of(operation))(*new_arrays(operation, 0, leading)) for leading in ((24,), (4, 6), (2, 3, 4))]
+    assert {plan.problem.leading for plan in plans} == {(24,)}
+    assert losses[0].shape == () and all(jnp.array_equal(loss, losses[0]) for loss in losses)
 
 
 @each_operation

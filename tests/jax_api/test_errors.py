@@ -72,6 +72,8 @@ def bad_options(function: Callable[..., Any]) -> list[Bad]:
         ({"ignore_index": 2**63}, ValueError, "ignore_index must fit in 64 bits, got 9223372036854775808"),
         ({"reduction": "avg"}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got 'avg'"),
         ({"reduction": None}, ValueError, "reduction must be one of 'none', 'mean' and 'sum', got None"),
+        ({"cuda_graph": 1}, TypeError, "cuda_graph must be True or False, got 1"),
+        ({"cuda_graph": []}, TypeError, "cuda_graph must be True or False, got []"),
         ({"num_items_in_batch": 7.0}, TypeError, "num_items_in_batch must be an int or an array, got 7.0"),
         ({"num_items_in_batch": True}, TypeError, "num_items_in_batch must be an int or an array, got True"),
         ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch must not be negative, got -1"),
@@ -144,7 +146,9 @@ BAD_LOGITS = [
     bad_logits({"weight": [1.0] * 20}, TypeError, "weight must be a JAX or NumPy array, got list"),
 ]
 
+VOCAB_AXIS = "vocab_axis must be None, a mesh axis' name or a tuple of them, got "
 BAD_LINEAR = [
+    *(bad_linear({"vocab_axis": axis}, TypeError, f"{VOCAB_AXIS}{axis!r}") for axis in ((), ["tp"], 0, ("tp", 1))),
     bad_linear({"x": Spec(())}, ValueError, "x must have shape (..., H), got a scalar"),
     bad_linear({"x": [[1.0]]}, TypeError, "x must be a JAX or NumPy array, got list"),
     bad_linear({"weight": 1.0}, TypeError, "weight must be a JAX or NumPy array, got float"),

@@ -83,20 +83,20 @@ def test_vary_over_adds_axes_and_its_transpose_sums() -> None:
 def test_vary_over_nothing_new_is_the_array_itself() -> None:
     array = jnp.asarray(VALUES)
     assert internals.vary_over(array, frozenset()) is array
-    assert internals.unify({"a": array})["a"] is array
-    assert internals.unify({}) == {}
+    assert internals.unify(array)[0] is array
+    assert internals.unify() == []
 
 
 def test_unify_makes_all_vary_alike() -> None:
     seen = []
 
     def body(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        arrays = internals.unify({"a": a, "b": b, "c": c})
-        seen.append({name: internals.varying_axes(array) for name, array in arrays.items()})
-        return arrays["a"] + arrays["b"] * arrays["c"]
+        a, b, c = internals.unify(a, b, c)
+        seen.append([internals.varying_axes(array) for array in (a, b, c)])
+        return a + b * c
 
     got = inside(body, DP, TP, SAME)(VALUES, VALUES, VALUES)
-    assert seen[-1] == dict.fromkeys("abc", frozenset({"dp", "tp"}))
+    assert seen[-1] == 3 * [frozenset({"dp", "tp"})]
     assert_same_bits(got, jnp.asarray(VALUES + VALUES * VALUES))
 
 
@@ -159,16 +159,26 @@ def test_no_dimension_is_sharded_on_one_device() -> None:
 
 
 def test_sharded_dimensions_of_a_traced_array_with_explicit_axes() -> None:
-    explicit = mesh(AxisType.Explicit, dp=1)
+    """Axes of one device spread nothing."""
+    explicit = jax.sharding.AbstractMesh((2, 1), ("dp", "one"), axis_types=2 * (AxisType.Explicit,))
     seen = []
 
     def body(a: jax.Array) -> jax.Array:
         seen.append(internals.sharded_dimensions(a))
+        seen.append(tuple(jax.typeof(internals.without_sharding(a)).sharding.spec))
         return a
 
-    for spec in (PartitionSpec(), PartitionSpec("dp"), PartitionSpec(None, "dp")):
-        jax.jit(body).trace(jax.device_put(jnp.asarray(VALUES), NamedSharding(explicit, spec)))
-    assert seen == [(), (0,), (1,)]
+    for spec in (PartitionSpec(), PartitionSpec("dp"), PartitionSpec(None, ("one", "dp")), PartitionSpec("one")):
+        array = jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=NamedSharding(explicit, spec))
+        jax.jit(body).trace(array)
+    assert seen[::2] == [(), (0,), (1,), ()]
+    assert all(axes == () or set(axes) == {None} for axes in seen[1::2])
+
+
+def test_manual_axes_are_those_of_shard_map() -> None:
+    seen = [internals.manual_axes()]
+    inside(lambda a: seen.append(internals.manual_axes()) or a, PartitionSpec(("dp", "tp")))(VALUES)
+    assert (seen[0], seen[-1]) == (frozenset(), frozenset({"dp", "tp"}))
 
 
 def test_nothing_is_sharded_inside_shard_map() -> None:
@@ -245,8 +255,7 @@ def test_a_lowering_inside_shard_map_has_one_replica(scaled: Any) -> None:
     function, told = scaled
 
     def body(a: jax.Array, b: jax.Array) -> jax.Array:
-        arrays = internals.unify({"a": a, "b": b})
-        return function(arrays["a"], arrays["b"])[0]
+        return function(*internals.unify(a, b))[0]
 
     got = jax.jit(inside(body, DP, TP))(VALUES, VALUES)
     assert_same_bits(got, jnp.asarray(3.0 * VALUES))

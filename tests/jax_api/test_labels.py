@@ -120,8 +120,8 @@ def test_check_labels_needs_labels_that_are_not_traced(operation: Operation, not
         arguments = {**problem.primals, "labels": problem.labels, "check_labels": True}
         call_or_trace(operation.function, arguments, trace=True)
     assert str(caught.value) == (
-        "check_labels=True needs labels whose values are known, and these are traced: call outside jit, or "
-        "leave it off: a bad label then gives a NaN loss"
+        "check_labels=True needs labels whose values are known, and these are traced: call outside jit and other "
+        "transformations, or leave it off: a bad label then gives a NaN loss"
     )
 
 

@@ -15,6 +15,7 @@ from tests.jax_api.problems import (
     OPTIONS,
     Operation,
     assert_close,
+    assert_same_bits,
     each_operation,
     gradient,
     kernels_run,
@@ -131,6 +132,28 @@ def test_a_vocab_axis_outside_shard_map_is_refused(transform: Any, vocab_axis: A
     with pytest.raises(ValueError) as caught:
         transform(ours)(problem.primals)
     assert str(caught.value) == vocab_axis_error(vocab_axis)
+
+
+@pytest.mark.parametrize("transform", (lambda f: f, jax.jit), ids=("eager", "jit"))
+def test_a_mesh_of_one_device_spreads_nothing(transform: Any) -> None:
+    """A program for a larger mesh runs on one device as it is, gradients too."""
+    mesh = jax.make_mesh((1,), ("dp",))
+    problem = LINEAR.problem((2, 3))
+    ours, _ = LINEAR.losses(problem)
+    want = jax.value_and_grad(ours)(problem.primals)
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("dp"))
+    placed, labels = jax.device_put((problem.primals, problem.labels), sharding)
+
+    def loss(primals: Any, labels: jax.Array) -> jax.Array:
+        return LINEAR.function(**primals, labels=labels, ce_weight=problem.class_weight)
+
+    assert_same_bits(transform(jax.value_and_grad(loss))(placed, labels), want)
+    mapped = jax.vmap(loss, ({"x": 0, "weight": None, "bias": None}, 0))
+    total = lambda primals, labels: mapped(primals, labels).sum()  # noqa: E731
+    placed = problem.primals | {"x": placed["x"]}
+    assert_close(
+        transform(jax.value_and_grad(total))(placed, labels), jax.value_and_grad(total)(problem.primals, problem.labels)
+    )
 
 
 @differentiated_or_not

@@ -30,6 +30,7 @@ need_devices()
 
 PROBLEM = random_problem()
 ARGUMENTS = {**PROBLEM.primals, "labels": PROBLEM.labels, "ce_weight": PROBLEM.class_weight}
+REST = {name: array for name, array in ARGUMENTS.items() if name != "x"}
 HOW = "inside jax.shard_map, over the tokens, or with vocab_axis= over the vocab"
 
 axis_types = pytest.mark.parametrize("axis_type", (AxisType.Auto, AxisType.Explicit), ids=("auto", "explicit"))
@@ -72,6 +73,12 @@ def test_vocab_axis_outside_shard_map() -> None:
         fused_linear_ce(**ARGUMENTS, vocab_axis="tp")
 
 
+def test_the_axis_of_a_vmap_is_no_mesh_axis() -> None:
+    mapped = jax.vmap(lambda x: fused_linear_ce(x, **{**REST, "vocab_axis": "v"}), axis_name="v")
+    with pytest.raises(ValueError, match=r"^vocab_axis must name a mesh axis inside jax\.shard_map, got 'v'"):
+        mapped(PROBLEM.primals["x"][None])
+
+
 @pytest.mark.parametrize("name", ("bias", "ce_weight"))
 def test_an_array_of_the_wrong_part_of_the_vocab(name: str) -> None:
     """The bias is sharded as the weight is, and class weights are whole."""
@@ -111,6 +118,19 @@ def test_an_explicitly_sharded_tracer(name: str) -> None:
         jax.jit(lambda arguments: fused_linear_ce(**arguments))(ARGUMENTS | {name: sharded})
 
 
+@axis_types
+def test_a_sharded_batch_that_is_mapped(axis_type: AxisType) -> None:
+    """Each entry is whole, and the batch is not."""
+    mesh = make_mesh(axis_type, tp=4)
+    batch, labels = jnp.ones((4, 3, PROBLEM.primals["x"].shape[-1])), jnp.zeros((4, 3), jnp.int32)
+    batch, labels = place(batch, mesh, "tp"), place(labels, mesh, "tp")
+    weight = place(PROBLEM.primals["weight"], mesh)
+    mapped = jax.vmap(fused_linear_ce, (0, None, 0))
+    for run in (mapped, jax.jit(mapped)) if axis_type == AxisType.Explicit else (mapped,):
+        with pytest.raises(ValueError, match=sharded_message("x")):
+            run(batch, weight, labels)
+
+
 @pytest.mark.parametrize("differentiated", (False, True), ids=("value", "gradient"))
 @pytest.mark.parametrize("name", ("x", "weight"))
 @on_4_and_8
@@ -122,7 +142,7 @@ def test_an_automatically_sharded_tracer_is_right_and_warned_of(devices: int, na
         return fused_linear_ce(**primals, labels=PROBLEM.labels, engine="torch")
 
     run = jax.jit(jax.value_and_grad(loss) if differentiated else loss)
-    with pytest.warns(UserWarning, match=rf"outside jax\.shard_map, each of the {devices} devices .* {HOW}"):
+    with pytest.warns(UserWarning, match=rf"outside jax\.shard_map, .* each of the {devices} devices .* {HOW}"):
         got = jax.block_until_ready(run(primals))
     assert_close(got, run(PROBLEM.primals))
     with warnings.catch_warnings():  # said once, at compile time

@@ -215,6 +215,26 @@ def test_vmap_from_outside() -> None:
     assert_close(*(differentiate(function, BATCHES.primals, STEPS) for function in (losses, in_turn)))
 
 
+@checked_and_not
+def test_vmap_from_outside_over_an_axis_of_the_mesh(check_vma: bool) -> None:
+    def body(primals: Arrays, labels: jax.Array) -> jax.Array:
+        total = fused_linear_ce(**primals, labels=labels, reduction="sum", engine="torch", **OPTIONS)
+        return jax.lax.psum(total, "tok")
+
+    in_specs = ({"x": P("tok"), "weight": P(), "bias": P()}, P("tok"))
+    run = shard_map(body, make_mesh(dp=3, tok=2), in_specs, check_vma=check_vma)
+    axes = ({"x": 0, "weight": None, "bias": None}, 0)
+
+    def sharded(primals: Arrays) -> jax.Array:
+        return jax.vmap(run, axes, spmd_axis_name="dp")(primals, BATCHES.labels)
+
+    def whole(primals: Arrays) -> jax.Array:
+        one = functools.partial(reference.fused_linear_ce, reduction="sum", **OPTIONS)
+        return jax.vmap(lambda primals, labels: one(**primals, labels=labels), axes)(primals, BATCHES.labels)
+
+    assert_close(*(differentiate(function, BATCHES.primals, STEPS) for function in (sharded, whole)))
+
+
 def test_vmap_of_grad_inside() -> None:
     """One gradient of the weight per batch."""
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from jax_api import fused_linear_ce
 from tests.jax_api.problems import (
@@ -38,6 +39,7 @@ from tests.jax_api.sharded import (
     on_4_checked_and_8_not,
     over_vocab,
     random_problem,
+    shard_map,
 )
 
 need_devices()
@@ -266,6 +268,22 @@ def test_no_valid_token_gives_zeros(reduction: str) -> None:
     assert output.predicted_tokens.tolist() == [-1] * TOKENS
     for array in (output.loss, output.z_loss, output.token_accuracy, *gradients.values()):
         assert not np.any(as_numpy(array))  # NaN would count
+
+
+def test_tokens_that_are_gathered_along_the_vocabs_axis() -> None:
+    """As sequence parallelism has them: to JAX they vary along the axis, though they are the same on all of it."""
+
+    def body(primals: Any, labels: jax.Array, class_weight: jax.Array) -> Any:
+        arrays = {**primals, "labels": labels, "ce_weight": class_weight}
+        arrays |= {name: jax.lax.all_gather(arrays[name], "tp", tiled=True) for name in ("x", "labels", "ce_weight")}
+        out = fused_linear_ce(**arrays, vocab_axis="tp", **METRICS)
+        mean = lambda a: jax.lax.pmean(a.astype(jnp.float32), "tp").astype(a.dtype)  # noqa: E731
+        return jax.tree.map(mean, out)
+
+    specs = ({"x": P("tp"), "weight": P("tp"), "bias": P("tp")}, P("tp"), P("tp"))
+    run = shard_map(body, make_mesh(tp=4), specs)
+    got = differentiate(lambda primals: run(primals, PROBLEM.labels, PROBLEM.class_weight), PROBLEM.primals)
+    assert_as_whole(got, PROBLEM, ce_weight=PROBLEM.class_weight)
 
 
 @checked_and_not
