@@ -382,8 +382,8 @@ def _check_labels(labels: jax.Array, vocab: int, options: core.Options) -> None:
     if isinstance(labels, jax.core.Tracer):
         if options.check_labels:
             raise ValueError(
-                "check_labels=True needs labels whose values are known, and these are traced: call outside jit and other "
-                "transformations, or leave it off: a bad label then gives a NaN loss"
+                "check_labels=True needs labels whose values are known, and these are traced: call outside jit and "
+                "other transformations, or leave it off: a bad label then gives a NaN loss"
             )
     elif options.check_labels or all(device.platform == "cpu" for device in labels.devices()):
         core.check_labels(torch.from_numpy(np.array(labels)), vocab, options.ignore_index, "labels")

@@ -1,4 +1,4 @@
-"""The code of the page for JAX users runs as written and prints what the page says; its links lead somewhere."""
+"""The code of the pages for either frontend runs as written and prints what they say; their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,30 +11,38 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "jax.md"
-TEXT = PAGE.read_text()
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("jax", "torch")}
+BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)  # and right after it, what it prints
 
-# A Python block, and the text block right after it, if there is one: what it prints.
-BLOCKS = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", TEXT, re.DOTALL)
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def _programs() -> list[tuple[str, str]]:
-    """Blocks continue those above; one that imports JAX starts a new program. Each with what it prints in all."""
+def _programs(page: str) -> list[tuple[str, str]]:
+    """Blocks continue those above; one that imports the framework starts a program. Each with what it prints in all."""
     programs: list[tuple[str, str]] = []
-    for code, printed in BLOCKS:
-        if re.search(r"^import jax$", code, re.MULTILINE):
+    for code, printed in BLOCK.findall(PAGES[page]):
+        if re.search(rf"^import {page}$", code, re.MULTILINE):
             programs.append(("", ""))
         before, printed_before = programs[-1]
         programs[-1] = (before + code, printed_before + printed)
     return programs
 
 
-def test_there_are_blocks() -> None:
-    assert len(BLOCKS) == TEXT.count("```python") >= 10
-    assert sum(bool(printed) for _, printed in BLOCKS) == TEXT.count("```text") >= len(BLOCKS) - 1
+PROGRAMS = [(*program, f"{page} {i}") for page in PAGES for i, program in enumerate(_programs(page))]
 
 
-@pytest.mark.parametrize(("code", "printed"), _programs(), ids=["one device", "several devices"])
+@every_page
+def test_there_are_blocks(page: str) -> None:
+    text, blocks = PAGES[page], BLOCK.findall(PAGES[page])
+    assert len(blocks) == text.count("```python") >= 8
+    assert sum(bool(printed) for _, printed in blocks) == text.count("```text") >= len(blocks) - 1
+
+
+def test_there_are_programs() -> None:
+    assert [name for *_, name in PROGRAMS] == ["jax 0", "jax 1", "torch 0", "torch 1", "torch 2"]
+
+
+@pytest.mark.parametrize(("code", "printed"), [program[:2] for program in PROGRAMS], ids=[name for *_, name in PROGRAMS])
 def test_blocks_print_what_the_page_says(code: str, printed: str, tmp_path: Path) -> None:
     for module in ("flax", "equinox", "optax"):
         if module in code:
@@ -44,17 +52,20 @@ def test_blocks_print_what_the_page_says(code: str, printed: str, tmp_path: Path
         environment["JAX_PLATFORMS"] = "cpu"
     script = tmp_path / "page.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT, env=environment)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [sys.executable, *(torchrun if "init_process_group" in code else []), script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\((.*?)\)", TEXT)
+@every_page
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\((.*?)\)", PAGES[page])
     assert links
     for link in links:
         file, _, heading = link.partition("#")
-        target = PAGE.parent / file if file else PAGE
+        target = ROOT / "docs" / (file or f"{page}.md")
         assert target.is_file(), link
         headings = re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE) if heading else []
         slugs = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}

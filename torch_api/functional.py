@@ -201,7 +201,7 @@ def fused_linear_cross_entropy(
     """
     if accum_dtype is not None and not isinstance(accum_dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and _autocasts(input.device.type):
+    if isinstance(input, Tensor) and isinstance(weight, Tensor) and _autocasts(input):
         # As autocast casts the operands of a linear layer; gradients come back in the tensors' own dtypes.
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight = input.to(dtype), weight.to(dtype)
@@ -251,6 +251,8 @@ def _facts(required: dict[str, Any], optional: dict[str, Any]) -> list[Facts | N
     for name, tensor in tensors.items():
         if not (isinstance(tensor, Tensor) or (tensor is None and name in optional)):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if is_dtensor(tensor):  # whatever is sharded as the weight is has been made local by now
+            raise ValueError(f"{name} must be a plain tensor here, got a DTensor: give its local part")
     rows, target, weight = required["input"], required["target"], required.get("weight")
     agree = rows.dim() > 0 and rows.shape[-1] > 0 and rows.shape[:-1] == target.shape
     agree = agree and (weight is None or rows.shape[-1:] == weight.shape[1:])
@@ -286,8 +288,8 @@ def _linear_step(
     return encode(core.Step("loss", problem, core.Options(**options), engine, memory))
 
 
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _autocasts(tensor: Tensor) -> bool:
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def _argument(facts: Facts | None) -> Any:

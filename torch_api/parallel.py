@@ -55,10 +55,10 @@ def is_dtensor(tensor: Any) -> bool:
 
 def shard_of_group(weight: Tensor, group: Any) -> Shard:
     """The shard that ``weight`` is, of shards that are equal, in the order of the ranks of ``group``."""
+    if group == dist.GroupMember.NON_GROUP_MEMBER:  # what new_group answers with on the other ranks
+        raise ValueError("process_group must have this rank in it")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
-    if dist.get_rank(group) < 0:
-        raise ValueError("process_group must have this rank in it")
     shards, columns = dist.get_world_size(group), weight.shape[0]
     return Shard(group, shards, dist.get_rank(group) * columns, shards * columns)
 
