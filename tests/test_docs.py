@@ -28,7 +28,7 @@ def _programs(page: str) -> list[tuple[str, str]]:
     return programs
 
 
-PROGRAMS = [(*program, f"{page} {i}") for page in PAGES for i, program in enumerate(_programs(page))]
+PROGRAMS = {f"{page} {i}": program for page in PAGES for i, program in enumerate(_programs(page))}
 
 
 @every_page
@@ -39,10 +39,10 @@ def test_there_are_blocks(page: str) -> None:
 
 
 def test_there_are_programs() -> None:
-    assert [name for *_, name in PROGRAMS] == ["jax 0", "jax 1", "torch 0", "torch 1", "torch 2"]
+    assert [*PROGRAMS] == ["jax 0", "jax 1", "torch 0", "torch 1", "torch 2"]
 
 
-@pytest.mark.parametrize(("code", "printed"), [program[:2] for program in PROGRAMS], ids=[name for *_, name in PROGRAMS])
+@pytest.mark.parametrize(("code", "printed"), PROGRAMS.values(), ids=PROGRAMS)
 def test_blocks_print_what_the_page_says(code: str, printed: str, tmp_path: Path) -> None:
     for module in ("flax", "equinox", "optax"):
         if module in code:
