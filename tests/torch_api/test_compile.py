@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.core_kernels.problems import HIDDEN, IGNORE, VOCAB
-from tests.support import on_gpu
+from tests.support import interpreting, on_gpu
 from tests.torch_api.calls import (
     LOSSES,
     REDUCTIONS,
@@ -145,6 +145,7 @@ def test_a_model_is_compiled_with_its_loss(device: torch.device) -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.skipif(interpreting(), reason="inductor's half a minute shows nothing of interpreted kernels")
 def test_inductor_compiles_a_model_with_its_loss(device: torch.device) -> None:
     model = Model(device)
     run = torch.compile(model, fullgraph=True)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.core_kernels.problems import HIDDEN, IGNORE
+from tests.support import interpreting
 from tests.torch_api.process import Check, on_every_rank
 from torch_api import FusedLinearCrossEntropyLoss, cross_entropy, fused_linear_cross_entropy, parallel
 
@@ -42,7 +43,7 @@ def check(function: Check) -> Check:
     return function
 
 
-@pytest.mark.parametrize("world", (2, 4))
+@pytest.mark.parametrize("world", (2,) if interpreting() else (2, 4))  # interpreted they take long
 def test_on_processes(world: int) -> None:
     failures = on_every_rank(world, CHECKS)
     if failures:
