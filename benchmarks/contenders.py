@@ -1,66 +1,63 @@
-"""What is measured: each contender is a function of a problem that returns the loss and leaves gradients behind."""
+"""The contenders in torch, and which of all of them run where. JAX's are in jax_contenders.py."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
+from problems import Problem, Result
 from torch import Tensor
 
 import torch_api
 
-
-@dataclass
-class Problem:
-    """Inputs of one step, in bf16 on the GPU, with labels that are all valid."""
-
-    x: Tensor
-    weight: Tensor
-    labels: Tensor
-
-
-@dataclass
-class Step:
-    """Loss and gradients of one run."""
-
-    loss: float
-    grad_x: Tensor
-    grad_weight: Tensor
-
+# A contender prepares a problem, and answers with a function that runs one step of it.
+Step = Callable[[], Result]
+Prepare = Callable[[Problem], Step]
+LossFn = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]  # the loss, maybe with predictions
 
 METRICS = {"return_token_accuracy": True, "return_predicted_tokens": True}
 
-# A contender prepares a problem, and answers with a function that runs one step and returns (loss, dx, dw).
-Prepare = Callable[[Problem], Callable[[], tuple]]
+HALF_IGNORED = (
+    "twinhead torch, speed", "twinhead torch, auto", "twinhead torch, lean", "twinhead jax, speed",
+    "torch eager", "torch compile", "liger", "cce", "quack",
+)  # fmt: skip
+SCALING = ("twinhead torch, speed", "twinhead torch, lean", "torch compile", "liger", "cce", "tokamax")
 
 
-def torch_step(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepare:
-    def prepare(problem: Problem) -> Callable[[], tuple]:
-        x, weight = (t.detach().clone().requires_grad_() for t in (problem.x, problem.weight))
+def training(loss_fn: LossFn) -> Prepare:
+    def prepare(problem: Problem) -> Step:
+        x, weight, labels = problem.x, problem.weight, problem.labels
 
-        def step() -> tuple:
+        def step() -> Result:
             x.grad = weight.grad = None
-            loss = loss_fn(x, weight, problem.labels)
+            loss, predicted = _pair(loss_fn(x, weight, labels))
             loss.backward()
-            return loss.detach(), x.grad, weight.grad
+            return Result(loss.detach(), x.grad, weight.grad, predicted)
 
         return step
 
     return prepare
 
 
-def torch_evaluation(loss_fn: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepare:
-    def prepare(problem: Problem) -> Callable[[], tuple]:
+def evaluation(loss_fn: LossFn) -> Prepare:
+    def prepare(problem: Problem) -> Step:
+        x, weight, labels = problem.x.detach(), problem.weight.detach(), problem.labels
+
         @torch.no_grad()
-        def step() -> tuple:
-            return (loss_fn(problem.x, problem.weight, problem.labels),)
+        def step() -> Result:
+            loss, predicted = _pair(loss_fn(x, weight, labels))
+            return Result(loss, predicted=predicted)
 
         return step
 
     return prepare
+
+
+def _pair(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return (out, None) if isinstance(out, Tensor) else out
 
 
 def upcast_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -68,125 +65,97 @@ def upcast_loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy((x @ weight.T).float(), labels)
 
 
-def upcast_loss_and_metrics(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def upcast_metrics(x: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The same with predictions and accuracy, from the logits at hand."""
     logits = (x @ weight.T).float()
-    _accuracy = (logits.argmax(-1) == labels).float().mean()
-    return F.cross_entropy(logits, labels)
+    predicted = logits.argmax(-1)
+    return F.cross_entropy(logits, labels), predicted, (predicted == labels).float().mean()
 
 
-def twinhead(**options) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    def loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def without_accuracy(loss_fn: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> LossFn:
+    """Computed, but not looked at: the predictions it follows from are."""
+    return lambda x, weight, labels: loss_fn(x, weight, labels)[:2]
+
+
+def twinhead(**options) -> LossFn:
+    def loss(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         out = torch_api.fused_linear_cross_entropy(x, weight, labels, **options)
-        return out if isinstance(out, Tensor) else out.loss
+        return out if isinstance(out, Tensor) else (out.loss, out.predicted_tokens)
 
     return loss
 
 
-def liger(problem: Problem) -> Callable[[], tuple]:
+def chunked_by_torch(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return F.linear_cross_entropy(x, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
+
+
+@cache
+def liger_module() -> Callable:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return torch_step(lambda x, weight, labels: loss(weight, x, labels))(problem)
+    return LigerFusedLinearCrossEntropyLoss()
 
 
-def twinhead_jax(**options) -> Prepare:
-    def prepare(problem: Problem) -> Callable[[], tuple]:
-        import jax_api
-
-        def loss(x, weight, labels):
-            return jax_api.fused_linear_ce(x, weight, labels, **options)
-
-        return JaxStep(problem, loss, {"xla_gpu_graph_min_graph_size": 1} if options.get("cuda_graph") else None)
-
-    return prepare
+def liger(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return liger_module()(weight, x, labels)
 
 
-def full_logits_jax(problem: Problem) -> Callable[[], tuple]:
-    """optax's loss over full logits, upcast to float32, compiled by XLA."""
-    import jax.numpy as jnp
-    import optax
+def cce(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Apple's cut cross entropy, which by default leaves out gradients too small for bf16 to hold."""
+    from cut_cross_entropy import linear_cross_entropy
 
-    def loss(x, weight, labels):
-        logits = (x @ weight.T).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-    return JaxStep(problem, loss)
+    return linear_cross_entropy(x, weight, labels)
 
 
-def chunked_jax(problem: Problem, chunk: int = 4096) -> Callable[[], tuple]:
-    """optax's loss over the logits of some tokens at a time, computed again in the backward pass."""
-    import jax
-    import jax.numpy as jnp
-    import optax
+def quack(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    def loss(x, weight, labels):
-        @jax.checkpoint
-        def of_chunk(tokens):
-            logits = (tokens[0] @ weight.T).astype(jnp.float32)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[1]).sum()
-
-        size = min(chunk, len(labels))
-        chunks = x.reshape(-1, size, x.shape[1]), labels.reshape(-1, size)
-        return jax.lax.map(of_chunk, chunks).sum() / len(labels)
-
-    return JaxStep(problem, loss)
+    return chunked_linear_cross_entropy(x, weight, labels)
 
 
-def tokamax(problem: Problem) -> Callable[[], tuple]:
-    from absl import flags
-    from tokamax import linear_softmax_cross_entropy_loss
-
-    flags.FLAGS.mark_as_parsed()  # its own, which it would look for on our command line
-    return JaxStep(problem, lambda x, weight, labels: linear_softmax_cross_entropy_loss(
-        x, labels, weight.T, reduction="mean", implementation="xla"
-    ))  # fmt: skip
-
-
-class JaxStep:
-    """Loss and gradients, compiled; ``extra_mib`` is what XLA plans beside arguments and results."""
-
-    def __init__(self, problem: Problem, loss: Callable, compiler_options: dict | None = None) -> None:
-        import jax
-        import jax.numpy as jnp
-
-        x, weight = (jnp.from_dlpack(t.detach()) for t in (problem.x, problem.weight))
-        self.arguments = x, weight, jnp.from_dlpack(problem.labels.int())
-        step = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=compiler_options)
-        self.step = step.lower(*self.arguments).compile()
-        self.extra_mib = self.step.memory_analysis().temp_size_in_bytes / 2**20
-
-    def __call__(self) -> tuple:
-        value, gradients = self.step(*self.arguments)
-        for result in (value, *gradients):
-            result.block_until_ready()
-        return value, *gradients
-
-
-def training_contenders() -> dict[str, Prepare]:
-    found = {
-        "twinhead torch": torch_step(twinhead()),
-        "twinhead torch, metrics": torch_step(twinhead(**METRICS)),
-        "twinhead torch, speed": torch_step(twinhead(memory="speed")),
-        "twinhead torch, lean": torch_step(twinhead(memory="lean")),
-        "torch eager": torch_step(upcast_loss),
-        "torch compile": torch_step(torch.compile(upcast_loss)),
-    }
-    if importlib.util.find_spec("liger_kernel"):
-        found["liger"] = liger
-    if importlib.util.find_spec("jax") and importlib.util.find_spec("optax"):
-        found["twinhead jax"] = twinhead_jax()
-        found["twinhead jax, cuda graph"] = twinhead_jax(cuda_graph=True)
-        found["jax, full logits"] = full_logits_jax
-        found["jax, lax.map and checkpoint"] = chunked_jax
-        if importlib.util.find_spec("tokamax"):
-            found["tokamax"] = tokamax
+def peers() -> dict[str, LossFn]:
+    """Fused losses of others that are installed."""
+    found: dict[str, LossFn] = {}
+    if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        found["torch linear_cross_entropy"] = chunked_by_torch
+    for name, package, loss_fn in (
+        ("liger", "liger_kernel", liger),
+        ("cce", "cut_cross_entropy", cce),
+        ("quack", "quack", quack),
+    ):
+        if find_spec(package):
+            found[name] = loss_fn
     return found
 
 
-def evaluation_contenders() -> dict[str, Prepare]:
-    return {
-        "evaluation: twinhead torch": torch_evaluation(twinhead()),
-        "evaluation: twinhead torch, metrics": torch_evaluation(twinhead(**METRICS)),
-        "evaluation: torch eager, metrics": torch_evaluation(upcast_loss_and_metrics),
+def training_contenders(skip: Set[str]) -> dict[str, Prepare]:
+    found = {
+        "twinhead torch, speed": training(twinhead(memory="speed")),
+        "twinhead torch, speed, metrics": training(twinhead(memory="speed", **METRICS)),
+        "twinhead torch, auto": training(twinhead()),
+        "twinhead torch, lean": training(twinhead(memory="lean")),
+        "twinhead torch, lean, metrics": training(twinhead(memory="lean", **METRICS)),
+        "torch eager": training(upcast_loss),
+        "torch compile": training(torch.compile(upcast_loss, dynamic=False)),
     }
+    found |= {name: training(loss_fn) for name, loss_fn in peers().items()}
+    if find_spec("jax") and find_spec("optax"):
+        import jax_contenders
+
+        found |= jax_contenders.training_contenders()
+    return {name: prepare for name, prepare in found.items() if name not in skip}
+
+
+def evaluation_contenders(skip: Set[str]) -> dict[str, Prepare]:
+    found = {
+        "twinhead torch": evaluation(twinhead()),
+        "twinhead torch, metrics": evaluation(twinhead(**METRICS)),
+        "torch eager, metrics": evaluation(without_accuracy(upcast_metrics)),
+        "torch compile, metrics": evaluation(without_accuracy(torch.compile(upcast_metrics, dynamic=False))),
+    }
+    found |= {name: evaluation(loss_fn) for name, loss_fn in peers().items()}
+    if find_spec("jax") and find_spec("optax"):
+        import jax_contenders
+
+        found |= jax_contenders.evaluation_contenders()
+    return {name: prepare for name, prepare in found.items() if name not in skip}

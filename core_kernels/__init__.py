@@ -8,9 +8,10 @@ from core_kernels.launch import launch
 from core_kernels.options import OPTION_NAMES, Options
 from core_kernels.plan import Plan, plan
 from core_kernels.problem import Argument, Problem, linear_problem, logits_problem
-from core_kernels.step import Buffer, Step
+from core_kernels.step import KEPT, Buffer, Step, for_gradient
 
 __all__ = [
+    "KEPT",
     "OPTION_NAMES",
     "Argument",
     "Buffer",
@@ -22,5 +23,6 @@ __all__ = [
     "launch",
     "linear_problem",
     "logits_problem",
+    "for_gradient",
     "plan",
 ]

@@ -14,16 +14,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def runs_kernels(engine: str, device: torch.device) -> bool:
+    """Whether a call that asks for ``engine`` runs the kernels on ``device``."""
+    return engine != "torch" and (device.type == "cuda" or interpreting())
+
+
 def choose_engine(engine: str, device: torch.device) -> str:
     """Answer ``"triton"`` or ``"torch"`` for a call on ``device``.
 
     ``"auto"`` takes the kernels wherever they run: on a GPU, and everywhere under ``TRITON_INTERPRET=1``.
     """
-    kernels_run = device.type == "cuda" or interpreting()
+    kernels_run = runs_kernels(engine, device)
     if engine == "triton" and not kernels_run:
         raise ValueError(
             f"engine='triton' needs a GPU, or TRITON_INTERPRET=1 set before Python starts; got arguments on {device}"
         )
-    if engine == "auto":
-        return "triton" if kernels_run else "torch"
-    return engine
+    return "triton" if kernels_run else "torch"

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
+from typing import Any
 
 FLOAT32_TINY, FLOAT32_MAX = 2.0**-126, (2.0 - 2.0**-23) * 2.0**127  # the kernels compute in float32
 REDUCTIONS = ("none", "mean", "sum")
@@ -78,6 +79,26 @@ class Options:
 
     def _set(self, name: str, value: int | float) -> None:
         object.__setattr__(self, name, value)
+
+    @staticmethod
+    def reduction_over(num_items: Any, reduction: str, arrays: tuple[type, ...], wanted: str) -> str:
+        """The reduction to run where ``"mean"`` divides by ``num_items`` instead, if given: a sum, divided after.
+
+        ``num_items`` may be an int, or a scalar of the types ``arrays``, which errors call ``wanted``.
+        """
+        if num_items is None:
+            return reduction
+        is_int = isinstance(num_items, int) and not isinstance(num_items, bool)
+        if not (is_int or isinstance(num_items, arrays)):
+            raise TypeError(f"num_items_in_batch must be an int or {wanted}, got {num_items!r}")
+        shape = () if is_int else tuple(num_items.shape)
+        if math.prod(shape) != 1:
+            raise ValueError(f"num_items_in_batch must be one number, got shape {shape}")
+        if is_int and num_items < 0:
+            raise ValueError(f"num_items_in_batch must not be negative, got {num_items}")
+        if reduction != "mean":
+            raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
+        return "sum"
 
     @property
     def needs_argmax(self) -> bool:

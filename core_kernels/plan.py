@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +16,26 @@ import torch
 from core_kernels.engine import choose_engine
 from core_kernels.options import Options
 from core_kernels.problem import Problem
-from core_kernels.step import Buffer, Step
-from core_kernels.tiles import Tile, choose_tile
+from core_kernels.step import KEPT_STATISTICS_BYTES, MIB, Buffer, Step, aligned
+from core_kernels.tiles import Tile, Tiles, choose_tiles
 
-MIB = 2**20
 # Bytes of the slab, the piece of the logits or of their gradient that is held at a time.
-SLAB_BYTES = {"lean": 128 * MIB, "auto": 512 * MIB, "speed": 4096 * MIB}
+SLAB_BYTES = {"auto": 512 * MIB, "speed": 4096 * MIB}
+# Bytes of all scratch of a lean backward pass over few tokens, and for each token more; at least a quarter of what its
+# rows take goes to the slab.
+LEAN_BYTES, LEAN_TOKENS, LEAN_BYTES_PER_TOKEN = 252 * MIB, 8192, 7 * 1024
 # On a CPU a larger slab wins nothing.
 CPU_SLAB_BYTES = 64 * MIB
+# Bytes of the tiles' statistics that a projection holds at a time.
+STATISTICS_BYTES = 28 * MIB
+# Bytes of the exponentials of a chunk of tokens whose gradients are computed ahead.
+CHUNK_BYTES = 2720 * MIB
+# A product of so many rounds of tiles does not mind a last one that is not full.
+MOST_ROUNDS = 16
+# What it takes to carry a tile's sums from slab to slab, in columns summed over.
+CARRY = 512
+# Strips of a shard of the vocab, for each program that runs at a time: enough that none waits long for the last.
+STRIPS = 16
 
 
 @dataclass(frozen=True)
@@ -31,10 +44,15 @@ class Plan:
 
     step: Step
     engine: str
-    tile: Tile
+    tiles: Tiles
     workspace: tuple[Buffer, ...]
     slab: int = 0  # vocab columns of the projected logits, or rows of given ones, that the slab holds
-    strips: int = 0  # into how many strips of the vocab the forward projection is split
+    ranks: int = 0  # valid tokens whose tiles' statistics are held at a time
+    chunk: int = 0  # valid tokens whose exponentials are there at a time
+    strips: int = 0  # into how many strips a shard of the vocab is split
+    split_tiles: int = 0  # token tiles of ``x``'s gradient that are summed in parts, and
+    splits: int = 1  # in how many
+    first_part: int = 0  # the row of their sums where those of the second part begin
 
     @property
     def problem(self) -> Problem:
@@ -62,12 +80,12 @@ class Plan:
 
     @property
     def workspace_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self.workspace)
+        return _bytes(self.workspace)
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(step: Step, device: torch.device) -> Plan:
-    """Plan ``step`` on ``device``; the logits are never held whole.
+    """Plan ``step`` on ``device``; the logits are never held whole, and their exponentials only if the step keeps them.
 
     Raises:
         ValueError: the step's engine does not run on ``device``; the bytes that its ``memory`` allows are too few for
@@ -75,7 +93,8 @@ def plan(step: Step, device: torch.device) -> Plan:
     """
     chosen = _plan(step, device)
     if isinstance(step.memory, int) and step.kind in ("loss", "shard"):  # an error of this call, not of a later one
-        least = max(chosen.workspace_bytes, _plan(step.gradient(step.inputs), device).workspace_bytes)
+        kept = sum(buffer.nbytes for buffer in step.saved if buffer.name == "exponentials")
+        least = kept + max(chosen.workspace_bytes, _plan(step.gradient(step.inputs), device).workspace_bytes)
         if least > step.memory:
             raise ValueError(f"memory={step.memory} bytes are too few: this call needs at least {least}")
     return chosen
@@ -83,71 +102,219 @@ def plan(step: Step, device: torch.device) -> Plan:
 
 def _plan(step: Step, device: torch.device) -> Plan:
     engine = choose_engine(step.engine, device)
-    tile = choose_tile(device, step.problem.dtype)
-    strips = 0
-    if engine == "triton" and step.problem.hidden is not None and step.kind in ("loss", "shard"):
-        strips = _strips(step.problem, tile)
-    workspace = _vectors(step, strips) if engine == "triton" else []
-    if "grad_x" in (buffer.name for buffer in step.outputs):  # summed over slices of the vocab in float32, rounded once
-        assert step.problem.hidden is not None
-        workspace.append(Buffer("grad_rows", (step.problem.tokens, step.problem.hidden), torch.float32))
-    slab = _add_slab(workspace, step, engine, tile)
-    return Plan(step, engine, tile, tuple(workspace), slab, strips)
+    tiles = choose_tiles(device, step.problem.dtype, step.problem.hidden)
+    if engine == "torch" or step.problem.hidden is None:
+        workspace = _of_tokens(step) if engine == "triton" else _rows_of_torch(step)
+        slab = _slab_of_torch(workspace, step, tiles) if engine == "torch" and step.kind != "combine" else 0
+        return Plan(step, engine, tiles, tuple(workspace), slab)
+    if step.kind == "gradient":
+        return _gradient(step, tiles)
+    workspace = _of_tokens(step)
+    if step.kind == "combine":
+        return Plan(step, engine, tiles, tuple(workspace))
+    workspace += _compaction(step)
+    if not step.keep:
+        workspace.append(Buffer("label_logit", (step.problem.tokens,), torch.float32))
+    if step.kind == "shard":
+        strips = _strips(step.problem, tiles)
+        workspace += _statistics(step, "strip", strips, step.problem.tokens)
+        return Plan(step, engine, tiles, tuple(workspace), strips=strips)
+    chunk = _chunk(step, tiles)
+    if chunk:
+        workspace.append(Buffer("packed_x", (chunk, aligned(step.problem.hidden)), step.problem.dtype))
+    if step.ahead:
+        workspace += _chunk_buffers(step, chunk)
+    ranks = _ranks(workspace, step, tiles)
+    workspace += _statistics(step, "tile", math.ceil(step.problem.columns / _projection(step, tiles).n), ranks)
+    return Plan(step, engine, tiles, tuple(workspace), ranks=ranks, chunk=chunk)
 
 
-def _vectors(step: Step, strips: int) -> list[Buffer]:
-    """What the kernels keep of each token, and the rows of the valid ones."""
-    problem, options, n = step.problem, step.options, step.problem.tokens
-    buffers = []
-    if problem.hidden is not None and step.kind != "combine":  # tokens compacted: those that are not valid cost nothing
-        buffers += [Buffer(name, (n,), torch.int32) for name in ("valid_tokens", "valid_position")]
-        buffers.append(Buffer("valid_count", (1,), torch.int32))
-    if strips:
-        buffers.append(Buffer("target_logit", (n,), torch.float32))
-        buffers += [Buffer(name, (strips, n), torch.float32) for name in ("strip_max", "strip_sum")]
-        if options.label_smoothing > 0:
-            buffers.append(Buffer("strip_smooth", (strips, n), torch.float32))
-        if options.needs_argmax:
-            buffers.append(Buffer("strip_argmax", (strips, n), torch.int32))
-    if step.kind in ("loss", "combine") and not options.per_token:  # reduced in a second, ordered step: deterministic
-        buffers += [Buffer(name, (n,), torch.float32) for name in ("token_loss", "token_z_loss")]
-        if options.return_token_accuracy or options.return_counts:
-            buffers.append(Buffer("token_correct", (n,), torch.float32))
-    if "grad_weight" in (buffer.name for buffer in step.outputs):  # x of the valid tokens, side by side
-        assert problem.hidden is not None
-        buffers.append(Buffer("valid_x", (n, aligned(problem.hidden)), problem.dtype))
+def _projection(step: Step, tiles: Tiles) -> Tile:
+    return tiles.keep if step.keep or step.ahead else tiles.project
+
+
+def _chunk(step: Step, tiles: Tiles) -> int:
+    """Valid tokens whose exponentials are there at a time: all, or whole tiles of chunks that are equal, or none."""
+    tokens, tile = step.problem.tokens, tiles.keep
+    if not step.ahead:
+        return tokens if step.keep else 0
+    most = max(1, CHUNK_BYTES // (2 * aligned(step.problem.columns) * tile.m)) * tile.m
+    return math.ceil(tokens / math.ceil(tokens / most) / tile.m) * tile.m
+
+
+def _chunk_buffers(step: Step, chunk: int) -> list[Buffer]:
+    """Exponentials of a chunk of tokens, and what their gradient needs."""
+    n, columns = step.problem.tokens, step.problem.columns
+    buffers = [Buffer("exponentials", (chunk, aligned(columns)), step.problem.dtype)]
+    buffers += [Buffer(name, (n,), torch.float32) for name in ("row_target", "row_soft", "label_kept")]
+    return buffers + (_label_buffers(chunk, columns) if "weight" in step.ahead else [])
+
+
+def _label_buffers(tokens: int, columns: int) -> list[Buffer]:
+    """Tokens in the order of their labels, and where the first of each label is."""
+    buffers = [Buffer(name, (tokens,), torch.int32) for name in ("sorted_labels", "sorted_tokens")]
+    return [*buffers, Buffer("label_slot", (columns,), torch.int32)]
+
+
+def _of_tokens(step: Step) -> list[Buffer]:
+    """Each token's loss and metrics, which are reduced in a second, ordered step: deterministic."""
+    options, n = step.options, step.problem.tokens
+    if step.kind not in ("loss", "combine") or options.per_token:
+        return []
+    buffers = [Buffer(name, (n,), torch.float32) for name in ("token_loss", "token_z_loss")]
+    if options.return_token_accuracy or options.return_counts:
+        buffers.append(Buffer("token_correct", (n,), torch.float32))
     return buffers
 
 
-def _strips(problem: Problem, tile: Tile) -> int:
+def _compaction(step: Step) -> list[Buffer]:
+    """The numbers of the valid tokens: those that are not valid cost nothing."""
+    n = step.problem.tokens
+    buffers = [Buffer(name, (n,), torch.int32) for name in ("valid_tokens", "valid_position")]
+    return [*buffers, Buffer("valid_count", (1,), torch.int32)]
+
+
+def _statistics(step: Step, part: str, parts: int, ranks: int) -> list[Buffer]:
+    """What the kernels learn of each part of a row of logits."""
+    relative = step.keep or step.ahead  # to the label's logit
+    names = [] if relative and not step.options.needs_argmax else ["max"]
+    names += ["sum", *(["smooth"] if step.options.label_smoothing > 0 else [])]
+    buffers = [Buffer(f"{part}_{name}", (parts, ranks), torch.float32) for name in names]
+    if step.options.needs_argmax:
+        buffers.append(Buffer(f"{part}_argmax", (parts, ranks), torch.int32))
+    return buffers
+
+
+def _ranks(workspace: list[Buffer], step: Step, tiles: Tiles) -> int:
+    """Of how many tokens the statistics of all vocab tiles are there at a time: whole tiles, in launches that are
+    equal.
+    """
+    tile, tokens = _projection(step, tiles), step.problem.tokens
+    budget = KEPT_STATISTICS_BYTES if step.keep or step.ahead else STATISTICS_BYTES
+    if isinstance(step.memory, int) and not step.keep:
+        budget = min(budget, step.memory - _bytes(workspace))
+    per_tile = tile.m * _bytes(_statistics(step, "tile", math.ceil(step.problem.columns / tile.n), 1))
+    token_tiles = math.ceil(tokens / tile.m)
+    launches = math.ceil(token_tiles / max(1, budget // per_tile))
+    return max(1, math.ceil(token_tiles / launches)) * tile.m if tokens else tile.m
+
+
+def _strips(problem: Problem, tiles: Tiles) -> int:
     """Strips enough to fill a GPU with (token tile, strip) programs; their results stay small however many tokens."""
-    token_tiles = max(1, math.ceil(problem.tokens / tile.m))
-    return min(math.ceil(problem.columns / tile.n), math.ceil(tile.programs / token_tiles))
+    token_tiles = max(1, math.ceil(problem.tokens / tiles.project.m))
+    return min(math.ceil(problem.columns / tiles.project.n), math.ceil(STRIPS * tiles.programs / token_tiles))
 
 
-def _add_slab(workspace: list[Buffer], step: Step, engine: str, tile: Tile) -> int:
-    """Append the slab, as large as ``memory`` allows but at least one unit, and return its columns or rows."""
+def _gradient(step: Step, tiles: Tiles) -> Plan:
+    """From kept exponentials, or slab by slab; the slab is as large as ``memory`` allows, but at least a tile wide."""
     problem, memory = step.problem, step.memory
-    dtype = problem.dtype if engine == "triton" else torch.float32
-    if problem.hidden is None:  # some rows of all columns
-        across, limit, unit = problem.vocab, problem.tokens, 1
-    else:  # some columns of all rows: whole tiles, so that slicing never changes a bit
-        across, limit, unit = problem.tokens, problem.columns, tile.n
-    unit_bytes = max(1, across * min(unit, aligned(limit))) * dtype.itemsize
+    n, hidden, columns = problem.tokens, problem.hidden, problem.columns
+    assert hidden is not None
+    if step.ahead:
+        return Plan(step, "triton", tiles, tuple(_compaction(step) if "x" in step.wanted else ()))
+    split_tiles, splits = _splits(n, hidden, columns, tiles) if "x" in step.wanted else (0, 1)
+    first_part = math.ceil(n / tiles.grad_x.m) * tiles.grad_x.m
+    sums = first_part + (splits - 1) * split_tiles * tiles.grad_x.m if splits > 1 else n
+    workspace = [*_compaction(step), *_rows(step, sums)]
+    held = columns
+    if not step.keep:
+        rest = _bytes(workspace)
+        if memory == "lean":
+            more = max(0, n - LEAN_TOKENS) * LEAN_BYTES_PER_TOKEN
+            budget = max(LEAN_BYTES + more - rest, rest // 4)
+        else:
+            budget = SLAB_BYTES[memory] if isinstance(memory, str) else memory - rest
+        held = _slab(step, tiles, budget)
+        workspace.append(Buffer("slab", (n, aligned(held)), problem.dtype))
+    return Plan(step, "triton", tiles, tuple(workspace), held, 0, 0, 0, split_tiles, splits, first_part)
 
-    if isinstance(memory, str):
-        units = max(1, (SLAB_BYTES[memory] if engine == "triton" else CPU_SLAB_BYTES) // unit_bytes)
-    else:
-        units = max(1, (memory - sum(buffer.nbytes for buffer in workspace)) // unit_bytes)
-    by_kernels = problem.hidden is not None and step.kind == "gradient"
-    if not (by_kernels if engine == "triton" else step.kind != "combine"):
-        return 0
-    held = min(units * unit, limit)
-    shape = (held, across) if problem.hidden is None else (across, aligned(held) if engine == "triton" else held)
-    workspace.append(Buffer("slab", shape, dtype))
+
+def _rows(step: Step, sums: int) -> list[Buffer]:
+    """Rows for the backward products: those of ``x``, packed, and so many float32 sums; and what belongs to labels.
+
+    The sums are those of labels' classes first, and of ``x``'s gradient after. In ``x``'s gradient itself the packed
+    rows find their place, if a descriptor can have it.
+    """
+    n, hidden, dtype = step.problem.tokens, step.problem.hidden, step.problem.dtype
+    assert hidden is not None
+    buffers = []
+    packs = "weight" in step.wanted or not step.keep
+    if packs and not ("x" in step.wanted and hidden == aligned(hidden)):
+        buffers.append(Buffer("packed_x", (n, aligned(hidden)), dtype))
+    smoothed = step.options.label_smoothing > 0
+    factors = ["row_target"]
+    factors += ["row_soft"] if step.keep or smoothed or step.options.lse_square_scale > 0 else []
+    factors += ["row_uniform"] if smoothed else []
+    factors += ["label_kept"] if step.keep else []
+    buffers += [Buffer(name, (n,), torch.float32) for name in factors]
+    if step.keep and "weight" in step.wanted:
+        buffers += _label_buffers(n, step.problem.columns)
+    if "x" in step.wanted or (step.keep and "weight" in step.wanted):
+        buffers.append(Buffer("rows", (sums, aligned(hidden)), torch.float32))
+    return buffers
+
+
+def _splits(tokens: int, hidden: int, columns: int, tiles: Tiles) -> tuple[int, int]:
+    """How many token tiles of ``x``'s gradient are summed in parts, and in how many, so that few programs wait.
+
+    A few tiles are all split; of more, those that would be a last round for less than half of the programs.
+    """
+    tile, programs = tiles.grad_x, tiles.programs
+    token_tiles, hidden_tiles = math.ceil(tokens / tile.m), math.ceil(hidden / tile.n)
+    count = token_tiles * hidden_tiles
+    if 0 < 2 * count <= programs:
+        splits = min(programs // count, math.ceil(columns / (4 * tile.k)))
+        return (token_tiles, splits) if splits > 1 else (0, 1)
+    left = count % programs
+    if programs < count < MOST_ROUNDS * programs and 0 < left <= programs // 2:
+        return math.ceil(left / hidden_tiles), 2
+    return 0, 1
+
+
+def _slab(step: Step, tiles: Tiles, budget: int) -> int:
+    """Columns of the slab: whole tiles, so that slicing never changes a bit, and of the widths that fit in ``budget``
+    the one that keeps the programs busiest.
+
+    A product's time is its rounds of tiles, one a program, times what it sums over; a sum that goes on from the slab
+    before is read and stored.
+    """
+    problem, programs = step.problem, tiles.programs
+    n, hidden, columns = problem.tokens, problem.hidden or 0, problem.columns
+    unit = max(tiles.slab.n, tiles.grad_weight.m)
+    widest = min(max(1, budget // max(1, n * unit * problem.dtype.itemsize)) * unit, columns)
+    if widest == columns:
+        return columns
+
+    def rounds(tile: Tile, rows: int, across: int) -> int:
+        return math.ceil(math.ceil(rows / tile.m) * math.ceil(across / tile.n) / programs)
+
+    def time(width: int) -> float:
+        of_slab = rounds(tiles.slab, n, width) * hidden
+        of_weight = rounds(tiles.grad_weight, width, hidden) * n
+        of_x = rounds(tiles.grad_x, n, hidden) * (width + CARRY)
+        return math.ceil(columns / width) * (of_slab + of_weight + of_x)
+
+    return min(range(widest, widest // 2, -unit), key=time)
+
+
+def _rows_of_torch(step: Step) -> list[Buffer]:
+    if step.kind != "gradient" or "x" not in step.wanted:
+        return []
+    assert step.problem.hidden is not None
+    return [Buffer("grad_rows", (step.problem.tokens, step.problem.hidden), torch.float32)]
+
+
+def _slab_of_torch(workspace: list[Buffer], step: Step, tiles: Tiles) -> int:
+    """Append a slab of float32 logits: some rows of given ones, some columns of projected ones; answer how many."""
+    problem, memory = step.problem, step.memory
+    across, limit, unit = problem.tokens, problem.columns, tiles.slab.n
+    if problem.hidden is None:
+        across, limit, unit = limit, across, 1
+    budget = CPU_SLAB_BYTES if isinstance(memory, str) else memory - _bytes(workspace)
+    held = min(max(1, budget // max(1, 4 * across * min(unit, limit))) * unit, limit)
+    workspace.append(Buffer("slab", (held, across) if problem.hidden is None else (across, held), torch.float32))
     return held
 
 
-def aligned(columns: int) -> int:
-    """A row length whose rows all start where a tensor descriptor, and a wide load, may start."""
-    return math.ceil(columns / 16) * 16
+def _bytes(buffers: Iterable[Buffer]) -> int:
+    return sum(buffer.nbytes for buffer in buffers)

@@ -13,11 +13,20 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from core_kernels.engine import ENGINES
+from core_kernels.engine import ENGINES, runs_kernels
 from core_kernels.options import Options
 from core_kernels.problem import Problem
 
 MEMORY = ("lean", "auto", "speed")
+MIB = 2**20
+# Bytes of the exponentials of all logits, up to which "auto" keeps them from the forward to the backward pass.
+MOST_KEPT_BYTES = 2048 * MIB
+# Bytes of the tiles' statistics that the forward pass holds at a time while it keeps the exponentials.
+KEPT_STATISTICS_BYTES = 64 * MIB
+# The same, up to which "speed" does; more are made, used and forgotten a chunk of tokens at a time.
+MOST_SPEED_BYTES = 4800 * MIB
+# What a step saves only if it keeps the exponentials, or computes gradients ahead.
+KEPT = ("exponentials", "label_logit", "sum_x", "sum_weight")
 # Rows of the statistics that a shard of the vocab contributes of each token.
 SHARD_MAX, SHARD_SUM, SHARD_TARGET = 0, 1, 2
 
@@ -44,7 +53,9 @@ class Step:
     - ``"combine"``: the loss and the metrics, from what every shard knows, side by side;
     - ``"gradient"``: gradients by the inputs that ``wanted`` names, on a whole vocab or on one shard.
 
-    ``engine`` and ``memory`` are wishes that the plan heeds; ``index_dtype`` is that of the predictions.
+    ``engine`` and ``memory`` are wishes that the plan heeds; ``index_dtype`` is that of the predictions. With ``keep``
+    the loss leaves the exponentials of all logits to the gradient, which then need not project again; gradients by the
+    inputs named ``ahead`` it computes itself, but for the upstream gradient, which must be one number.
     """
 
     kind: str
@@ -54,6 +65,8 @@ class Step:
     memory: str | int = "auto"
     index_dtype: torch.dtype = torch.int64
     wanted: tuple[str, ...] = ()
+    keep: bool = False
+    ahead: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -66,6 +79,10 @@ class Step:
 
     def of_kind(self, kind: str) -> Step:
         return replace(self, kind=kind)
+
+    def plain(self) -> Step:
+        """The step that leaves to the gradient no more than statistics of each token."""
+        return replace(self, keep=False, ahead=())
 
     def gradient(self, wanted: Iterable[str]) -> Step:
         """The step back: ``wanted`` names inputs among ``logits``, ``x``, ``weight`` and ``bias``."""
@@ -114,17 +131,24 @@ class Step:
 
     @functools.cached_property
     def saved(self) -> tuple[Buffer, ...]:
-        """What it leaves for the gradient, beside the inputs. ``lse = row_max + log_sum``: the sum would round."""
+        """What it leaves for the gradient, beside the inputs. ``lse = lse_base + log_sum``: the sum would round."""
         if self.kind not in ("loss", "combine"):
             return ()
         n = self.problem.tokens
-        saved = [Buffer("row_max", (n,), torch.float32), Buffer("log_sum", (n,), torch.float32)]
+        saved = [Buffer("lse_base", (n,), torch.float32), Buffer("log_sum", (n,), torch.float32)]
         if self.options.use_token_scaling:
             saved.append(Buffer("token_scale", (n,), torch.float32))
         if self.options.reduction == "mean":
             saved.append(Buffer("divisors", (*self.problem.groups, 2), torch.float32))
         if self.sums_class_weight:
             saved.append(Buffer("class_weight_sum", (1,), torch.float32))
+        if self.keep:
+            saved.append(Buffer("exponentials", (n, aligned(self.problem.columns)), self.problem.dtype))
+            saved.append(Buffer("label_logit", (n,), torch.float32))
+        if "x" in self.ahead:
+            saved.append(Buffer("sum_x", (n, aligned(self.problem.hidden or 0)), torch.float32))
+        if "weight" in self.ahead:
+            saved.append(Buffer("sum_weight", (self.problem.columns, aligned(self.problem.hidden or 0)), torch.float32))
         return tuple(saved)
 
     @property
@@ -150,3 +174,33 @@ class Step:
     @property
     def shard_argmax(self) -> int:
         return self.shard_rows - 1
+
+
+def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tuple[int, Step, Step]:
+    """The loss ``step`` on ``device`` as it best serves the gradient by the ``wanted`` inputs that will follow: up to
+    how many tokens, and how; and how with more.
+
+    Kept exponentials are bfloat16, which has float32's range, and the gradient has to be a multiple of them: label
+    smoothing, and a bias, whose gradient is their sum, are not served.
+    """
+    problem, memory, options = step.problem, step.memory, step.options
+    served = problem.hidden is not None and problem.dtype == torch.bfloat16 and problem.shards is None
+    served = served and not (problem.has_bias or problem.groups) and options.label_smoothing == 0
+    if not served or memory == "lean" or not runs_kernels(step.engine, device):
+        return 0, step, step
+    assert problem.hidden is not None
+    kept, per_token = replace(step, keep=True), 2 * aligned(problem.columns)
+    if memory == "speed":
+        ahead = step if options.per_token else replace(step, ahead=tuple(wanted))
+        return MOST_SPEED_BYTES // per_token, kept, ahead
+    if memory == "auto":
+        return MOST_KEPT_BYTES // per_token, kept, step
+    assert isinstance(memory, int)
+    per_token += 6 * aligned(problem.hidden) + 64  # rows and vectors of the workspace
+    most = (memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 64) // per_token
+    return max(0, most), kept, step
+
+
+def aligned(columns: int) -> int:
+    """A row length whose rows all start where a tensor descriptor, and a wide load, may start."""
+    return math.ceil(columns / 16) * 16

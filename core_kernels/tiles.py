@@ -1,7 +1,8 @@
-"""Tile configurations as data: how large a block of each product one program computes, by device and dtype."""
+"""Tile configurations as data: how large a block of each product one program computes, by device, dtype and shape."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from core_kernels.engine import interpreting
 
 @dataclass(frozen=True)
 class Tile:
-    """A product's output tile is ``m x n``, summed ``k`` at a time; a row kernel takes ``row`` columns at a time."""
+    """A product's output tile is ``m x n``, summed ``k`` at a time."""
 
     m: int
     n: int
@@ -19,24 +20,48 @@ class Tile:
     group: int  # output tiles are visited in groups of this many rows, so that operands are reused from L2
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tile of each product; a row kernel takes ``row`` columns at a time."""
+
+    project: Tile  # statistics of the logits
+    keep: Tile  # the same, which leaves their exponentials behind
+    slab: Tile  # a slab of the gradient of the logits
+    grad_x: Tile
+    grad_weight: Tile
     row: int
-    programs: int  # how many programs a projection is split into: several for each multiprocessor
+    programs: int  # that run at a time: one for each multiprocessor
+    overlap: bool  # a launch may start as the one before runs out of programs (Hopper and later)
 
 
+SMALL = Tile(32, 64, 32, group=2, warps=4, stages=1)
 # Interpreted tiles are small on purpose: small test shapes then span several of them in every dimension.
-INTERPRETED = Tile(m=32, n=64, k=32, group=2, warps=4, stages=1, row=128, programs=4)
+INTERPRETED = Tiles(SMALL, SMALL, SMALL, SMALL, Tile(64, 32, 32, 2, 4, 1), row=128, programs=3, overlap=False)
 
-# By (compute capability major, or 0 for any other GPU; bytes per element).
+WIDE, WIDE_4, TALL = Tile(128, 256, 64, 16, 8, 3), Tile(128, 256, 64, 16, 8, 4), Tile(256, 128, 64, 16, 8, 3)
+DEEP = Tile(128, 256, 64, 8, 8, 4)
+SQUARE, EXACT = Tile(128, 128, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 2)
+
+# By (compute capability major, or 0 for any other GPU; bytes per element; whether the hidden size fills 256 columns).
 TILES = {
-    (9, 2): Tile(m=128, n=256, k=64, group=16, warps=8, stages=3, row=4096, programs=2048),
-    (0, 2): Tile(m=128, n=128, k=32, group=8, warps=8, stages=3, row=4096, programs=2048),
+    (9, 2, True): (WIDE_4, WIDE, WIDE, DEEP, WIDE_4),
+    (9, 2, False): (WIDE_4, WIDE, WIDE, DEEP, WIDE_4),
+    (0, 2, True): (SQUARE, SQUARE, SQUARE, SQUARE, SQUARE),
+    (0, 2, False): (SQUARE, SQUARE, SQUARE, SQUARE, SQUARE),
     # float32 products are exact float32 (no TF32), in registers: a large tile would spill.
-    (0, 4): Tile(m=64, n=64, k=32, group=8, warps=4, stages=2, row=4096, programs=2048),
+    (0, 4, True): (EXACT, EXACT, EXACT, EXACT, EXACT),
+    (0, 4, False): (EXACT, EXACT, EXACT, EXACT, EXACT),
 }
 
 
-def choose_tile(device: torch.device, dtype: torch.dtype) -> Tile:
+@functools.lru_cache(maxsize=64)
+def choose_tiles(device: torch.device, dtype: torch.dtype, hidden: int | None) -> Tiles:
     if interpreting() or device.type != "cuda":
         return INTERPRETED
     major = torch.cuda.get_device_capability(device)[0] if torch.version.hip is None else 0
-    return TILES.get((major, dtype.itemsize)) or TILES[(0, dtype.itemsize)]
+    fills = (hidden or 256) % 256 == 0
+    tiles = TILES.get((major, dtype.itemsize, fills)) or TILES[(0, dtype.itemsize, fills)]
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Tiles(*tiles, row=4096, programs=processors, overlap=major >= 9)

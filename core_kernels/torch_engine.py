@@ -207,7 +207,7 @@ def _finish_tokens(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor, rows: 
     options = plan.options
     log_sum = rows.total.log()
     nll = (rows.maximum - rows.target) + log_sum
-    t["row_max"].copy_(rows.maximum)
+    t["lse_base"].copy_(rows.maximum)
     t["log_sum"].copy_(log_sum)
 
     token_weight = t["class_weight"][labels].float() if "class_weight" in t else torch.ones_like(nll)
@@ -268,8 +268,8 @@ def _gradient_factors(plan: Plan, t: Tensors, valid: Tensor, labels: Tensor) -> 
     target = g * token_weight * (1.0 - options.label_smoothing)
     soft = uniform * (t["class_weight_sum"] if plan.step.sums_class_weight else vocab)
     if options.lse_square_scale > 0:
-        soft = soft + 2.0 * options.lse_square_scale * (t["row_max"] + t["log_sum"]) * g_z
-    return soft, target, uniform, t["row_max"], t["log_sum"]
+        soft = soft + 2.0 * options.lse_square_scale * (t["lse_base"] + t["log_sum"]) * g_z
+    return soft, target, uniform, t["lse_base"], t["log_sum"]
 
 
 def _logits_gradient(

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import torch
 
-from core_kernels import Buffer, Plan, Step, launch, plan
+from core_kernels import Buffer, Plan, Step, for_gradient, launch, plan
 from jax_api import internals
 
 _CPU = 1  # DLPack's kDLCPU
@@ -40,6 +40,17 @@ class Call:
     @property
     def results(self) -> tuple[Buffer, ...]:
         return self.step.results
+
+    def for_gradient(self, wanted: Iterable[str]) -> Call:
+        """The same loss where its gradient by ``wanted`` inputs will be asked for. A program is traced before it is known
+        where it runs: on another platform than JAX's default it is right as well, and no more than slower.
+        """
+        device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
+        most, few, many = for_gradient(self.step, wanted, device)
+        return replace(self, step=few if self.step.problem.tokens <= most else many)
+
+    def plain(self) -> Call:
+        return replace(self, step=self.step.plain())
 
     def shape(self, buffer: Buffer) -> jax.ShapeDtypeStruct:
         """A buffer's shape and dtype as JAX has it."""

@@ -10,18 +10,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core_kernels import Step
+from core_kernels import KEPT, Step
 from jax_api import placement
 
 SHARED = ("weight", "bias", "class_weight", "class_weight_sum", "first_class")  # by all tokens, and all groups
 
 
 class Folding:
-    """A mapped call as one call over more tokens, in groups; possible while what all tokens share is not mapped."""
+    """A mapped call as one call over more tokens, in groups; possible while what all tokens share is not mapped.
+
+    Exponentials are not kept across it: their rows are those of one call's valid tokens. ``step`` keeps none, and those
+    among the arrays are left out.
+    """
 
     def __init__(
         self, step: Step, names: Sequence[str], arrays: Sequence[jax.Array], dims: Sequence[int | None]
     ) -> None:
+        given = [entry for entry in zip(names, arrays, dims, strict=True) if entry[0] not in KEPT]
+        names, arrays, dims = zip(*given, strict=True)
         self.names, self.dims, self.one = names, dims, step
         self.arrays = [placement.whole(name, array) for name, array in zip(names, arrays, strict=True)]
         self.size = next(a.shape[d] for a, d in zip(arrays, dims, strict=True) if d is not None)
@@ -58,11 +64,10 @@ class Folding:
             return self.one.options.per_token
         return name != "divisors"
 
-    def one_by_one(self, bound: Callable[..., Any]) -> tuple[Any, Any]:
-        """``bound`` of each entry in turn; what is not mapped stays where it is. Answers results and dimensions."""
+    def one_by_one(self, bound: Callable[..., Any]) -> Any:
+        """``bound`` of each entry in turn; what is not mapped stays where it is. Results are mapped first."""
         batch = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(self.arrays, self.dims, strict=True)]
-        results = _in_turn(bound, tuple(d is not None for d in self.dims))(*batch)
-        return results, jax.tree.map(lambda _: 0, results)
+        return _in_turn(bound, tuple(d is not None for d in self.dims))(*batch)
 
 
 @functools.lru_cache(maxsize=1024)

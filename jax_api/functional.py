@@ -16,6 +16,7 @@ from jax_api.loss import Axis, planned_loss
 from jax_api.output import CrossEntropyOutput
 
 LAYOUTS = ("vh", "hv")
+ARRAYS = (jax.Array, np.ndarray, np.generic)
 
 
 def cross_entropy(
@@ -102,7 +103,7 @@ def cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         logit_scale=logit_scale,
-        reduction=_summed(reduction, num_items_in_batch),
+        reduction=core.Options.reduction_over(num_items_in_batch, reduction, ARRAYS, "an array"),
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
@@ -229,7 +230,7 @@ def fused_linear_ce(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         logit_scale=logit_scale,
-        reduction=_summed(reduction, num_items_in_batch),
+        reduction=core.Options.reduction_over(num_items_in_batch, reduction, ARRAYS, "an array"),
         use_token_scaling=use_token_scaling,
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
@@ -260,7 +261,7 @@ def _array(value: Any) -> Any:
 
 
 def _argument(name: str, array: jax.Array) -> core.Argument:
-    if not isinstance(array, (jax.Array, np.ndarray, np.generic)):
+    if not isinstance(array, ARRAYS):
         raise TypeError(f"{name} must be a JAX or NumPy array, got {type(array).__name__}")
     placement.require_whole(name, array)
     return core.Argument(name, tuple(array.shape), bridge.torch_dtype(array.dtype))
@@ -307,26 +308,11 @@ def _run(
     results = planned_loss(call, vocab_axis, arrays)
     shaped = {name: r.reshape(problem.leading) if r.ndim == 1 else r for name, r in results.items()}
     if num_items is not None:
-        share = 1 / jnp.maximum(jnp.asarray(num_items, jnp.float32).reshape(()), 1)  # of none: the loss is 0
+        items = jnp.asarray(num_items, jnp.float32).reshape(())
+        share = 1 / jnp.where(items <= 0, 1, items)  # of none: the loss is 0
         shaped |= {name: shaped[name] * share for name in ("loss", "z_loss") if name in shaped}
     output = CrossEntropyOutput(**shaped)
     return output if options.returns_output else output.loss
-
-
-def _summed(reduction: str, num_items_in_batch: int | jax.Array | None) -> str:
-    """The reduction to run: a mean over other items is a sum, which is divided after."""
-    if num_items_in_batch is None:
-        return reduction
-    numbers = int, np.generic, np.ndarray, jax.Array
-    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, numbers):
-        raise TypeError(f"num_items_in_batch must be an int or an array, got {num_items_in_batch!r}")
-    if np.size(num_items_in_batch) != 1:
-        raise ValueError(f"num_items_in_batch must be one number, got shape {np.shape(num_items_in_batch)}")
-    if isinstance(num_items_in_batch, int) and num_items_in_batch < 0:
-        raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
-    if reduction != "mean":
-        raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
-    return "sum"
 
 
 def _index_dtype() -> torch.dtype:

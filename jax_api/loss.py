@@ -51,6 +51,8 @@ def _loss_jvp(call: Call, vocab_axis: Axis, primals: tuple[Arrays], tangents: tu
         for name, tangent in tangents[0].items()
         if name in DIFFERENTIABLE and not isinstance(tangent, internals.SymbolicZero)
     }
+    if wanted and vocab_axis is None:
+        call = call.for_gradient(wanted)
     results = _forward(call, vocab_axis, inputs)
     outputs = _outputs(call, results)
     answer: dict[str, Any] = {name: internals.tangent_zero(output) for name, output in outputs.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from core_kernels import Step
 from jax_api import bridge, internals, placement
@@ -146,20 +147,28 @@ class _Bound:
 
 
 def _batch_launch(arrays: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call) -> Any:
-    folding = Folding(call.step, call.step.inputs, arrays, dims)
-    if not folding.possible:
-        return folding.one_by_one(_Bound(_launch, (("call", call),)))
-    results = _bind(_launch, *folding.operands(), call=replace(call, step=folding.step))
-    unfolded = [folding.unfold(buffer.name, r) for buffer, r in zip(call.results, results, strict=True)]
-    return [result for result, _ in unfolded], [dim for _, dim in unfolded]
+    one = call.plain()
+    folding = Folding(one.step, call.step.inputs, arrays, dims)
+    if folding.possible:
+        results = _bind(_launch, *folding.operands(), call=replace(call, step=folding.step))
+        found = {b.name: folding.unfold(b.name, r) for b, r in zip(one.results, results, strict=True)}
+    else:
+        results = folding.one_by_one(_Bound(_launch, (("call", one),)))
+        found = {b.name: (r, 0) for b, r in zip(one.results, results, strict=True)}
+    for buffer in call.results:
+        if buffer.name not in found:  # nobody will read it
+            found[buffer.name] = jnp.zeros_like(call.shape(buffer)), None
+    return tuple(zip(*(found[buffer.name] for buffer in call.results), strict=True))
 
 
 def _batch_tangent(
     arrays: Sequence[jax.Array], dims: Sequence[int | None], *, call: Call, wanted: tuple[str, ...]
 ) -> Any:
-    folding = Folding(call.step, (*_residual_names(call.step), *(f"tangent_{name}" for name in wanted)), arrays, dims)
+    names = (*_residual_names(call.step), *(f"tangent_{name}" for name in wanted))
+    call = call.plain()
+    folding = Folding(call.step, names, arrays, dims)
     if not folding.possible:
-        return folding.one_by_one(_Bound(_tangent, (("call", call), ("wanted", wanted))))
+        return folding.one_by_one(_Bound(_tangent, (("call", call), ("wanted", wanted)))), 0
     result = _bind(_tangent, *folding.operands(), call=replace(call, step=folding.step), wanted=wanted)
     return folding.unfold("loss", result)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from core_kernels import Step
+from core_kernels import KEPT, Step
 from torch_api.operator import decode, encode, gradient_step, launch, output_names
 from torch_api.parallel import Shard, loss_over_shards
 
@@ -117,24 +117,47 @@ def _mapped(
     inputs: Sequence[Tensor | None],
     dims: Sequence[int | None],
 ) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
-    """A mapped call: one call over more tokens, in groups, or, where what all tokens share is mapped, one by one."""
-    step = decode(text)
+    """A mapped call: one call over more tokens, in groups, or, where what all tokens share is mapped, one by one.
+
+    It keeps no exponentials: their rows are those of one call's valid tokens.
+    """
+    asked = decode(text)
+    step = asked.plain()
+    text = encode(step)
+    given = [entry for entry in zip(names, inputs, dims, strict=True) if entry[0] not in KEPT]
+    names, inputs, dims = zip(*given, strict=True)
     mapped = {name for name, dim in zip(names, dims, strict=True) if dim is not None}
     if mapped & set(SHARED) or not mapped & {"x", "logits"} or {"weight", "bias"} & set(step.wanted):
         entries = []
         for i in range(size):
             entry = [t if t is None or d is None else t.select(d, i) for t, d in zip(inputs, dims, strict=True)]
             entries.append(function.apply(text, where, *entry))
-        return tuple(torch.stack(results) for results in zip(*entries, strict=True)), (0,) * len(entries[0])
+        stacked = [(torch.stack(results), 0) for results in zip(*entries, strict=True)]
+        return _with_placeholders(asked, step, stacked, inputs[0])
 
     folded = encode(replace(step, problem=step.problem.times(size)))
     operands = [_fold(step, *entry, size) for entry in zip(names, inputs, dims, strict=True)]
     results = function.apply(folded, where, *operands)
-    unfolded = tuple(
-        result.unflatten(0, (size, -1)) if _per_token(step, buffer.name) else result
+    unfolded = [
+        (
+            result.unflatten(0, (size, -1)) if _per_token(step, buffer.name) else result,
+            None if buffer.name in SHARED else 0,
+        )
         for result, buffer in zip(results, step.results, strict=True)
-    )
-    return unfolded, tuple(None if buffer.name in SHARED else 0 for buffer in step.results)
+    ]
+    return _with_placeholders(asked, step, unfolded, inputs[0])
+
+
+def _with_placeholders(
+    asked: Step, step: Step, results: Sequence[tuple[Tensor, int | None]], like: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """Results of ``step`` and their dimensions in the order that ``asked`` has, whose exponentials nobody will read."""
+    found = dict(zip((buffer.name for buffer in step.results), results, strict=True))
+    for buffer in asked.results:
+        if buffer.name not in found:
+            found[buffer.name] = like.new_zeros((), dtype=buffer.dtype).expand(1, *buffer.shape[1:]), None
+    ordered = [found[buffer.name] for buffer in asked.results]
+    return tuple(result for result, _ in ordered), tuple(dim for _, dim in ordered)
 
 
 def _fold(step: Step, name: str, tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:

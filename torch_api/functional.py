@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.nn import _reduction
 
 import core_kernels as core
 from torch_api.autograd import PlannedLoss
-from torch_api.operator import cached_constant, encode, output_names
+from torch_api.operator import cached_constant, encode, for_gradient, output_names
 from torch_api.output import CrossEntropyOutput
 from torch_api.parallel import Shard, is_dtensor, shard_of_dtensor, shard_of_group, to_local
 
@@ -91,8 +93,8 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    reduction = _summed(reduction, num_items_in_batch)
-    step = _logits_step(
+    step = _step(
+        _logits_step,
         *_facts({"input": input, "target": target}, {"weight": weight}),
         engine,
         ignore_index=ignore_index,
@@ -100,7 +102,7 @@ def cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         logit_scale=logit_scale,
-        reduction=reduction,
+        reduction=core.Options.reduction_over(num_items_in_batch, reduction, (Tensor,), "a tensor"),
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
         return_predicted_tokens=return_predicted_tokens,
@@ -201,12 +203,7 @@ def fused_linear_cross_entropy(
     """
     if accum_dtype is not None and not isinstance(accum_dtype, torch.dtype):
         raise TypeError(f"accum_dtype must be a torch.dtype or None, got {accum_dtype!r}")
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and _autocasts(input):
-        # As autocast casts the operands of a linear layer; gradients come back in the tensors' own dtypes.
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, weight = input.to(dtype), weight.to(dtype)
-        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
-    reduction = _summed(reduction, num_items_in_batch)
+    input, weight, bias = map(_autocast, (input, weight, bias))
     shard = None
     if is_dtensor(weight):
         if process_group is not None:
@@ -220,7 +217,8 @@ def fused_linear_cross_entropy(
     facts = _facts({"input": input, "target": target, "weight": weight}, {"bias": bias, "ce_weight": ce_weight})
     if process_group is not None:
         shard = shard_of_group(weight, process_group)
-    step = _linear_step(
+    step = _step(
+        _linear_step,
         *facts,
         engine,
         memory,
@@ -231,7 +229,7 @@ def fused_linear_cross_entropy(
         lse_square_scale=lse_square_scale,
         softcap=softcap,
         logit_scale=logit_scale,
-        reduction=reduction,
+        reduction=core.Options.reduction_over(num_items_in_batch, reduction, (Tensor,), "a tensor"),
         use_token_scaling=use_token_scaling,
         return_z_loss=return_z_loss,
         return_token_accuracy=return_token_accuracy,
@@ -253,14 +251,28 @@ def _facts(required: dict[str, Any], optional: dict[str, Any]) -> list[Facts | N
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if is_dtensor(tensor):  # whatever is sharded as the weight is has been made local by now
             raise ValueError(f"{name} must be a plain tensor here, got a DTensor: give its local part")
+        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
+            raise ValueError(f"{name} must be a dense tensor, got {'a nested' if tensor.is_nested else 'a sparse'} one")
     rows, target, weight = required["input"], required["target"], required.get("weight")
     agree = rows.dim() > 0 and rows.shape[-1] > 0 and rows.shape[:-1] == target.shape
     agree = agree and (weight is None or rows.shape[-1:] == weight.shape[1:])
     shapes = {"input": (-1, rows.shape[-1]), "target": (-1,)} if agree else {}
     return [
-        None if t is None else (name, tuple(map(int, shapes.get(name, t.shape))), t.dtype, t.device)
+        None if t is None else (name, tuple(int(_constant(n)) for n in shapes.get(name, t.shape)), t.dtype, t.device)
         for name, t in tensors.items()
     ]
+
+
+def _step(make: Callable[..., str], *arguments: Any, **options: Any) -> str:
+    if torch.compiler.is_compiling():
+        arguments = tuple(_constant(value) for value in arguments)
+        options = {name: _constant(value) for name, value in options.items()}
+    return make(*arguments, **options)
+
+
+def _constant(value: Any) -> Any:
+    """``value``, which the compiler, where it has seen a number change, would make a variable of its graph."""
+    return guard_scalar(value) if torch.compiler.is_compiling() and isinstance(value, (int, float)) else value
 
 
 @cached_constant
@@ -288,27 +300,16 @@ def _linear_step(
     return encode(core.Step("loss", problem, core.Options(**options), engine, memory))
 
 
-def _autocasts(tensor: Tensor) -> bool:
-    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+def _autocast(tensor: Any) -> Any:
+    """``tensor`` as autocast casts an operand of a linear layer; gradients come back in its own dtype."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    cast = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type)) if cast else tensor
 
 
 def _argument(facts: Facts | None) -> Any:
     return None if facts is None else core.Argument(*facts)
-
-
-def _summed(reduction: str, num_items_in_batch: int | Tensor | None) -> str:
-    """The reduction to run: a mean over other items is a sum, which is divided after."""
-    if num_items_in_batch is None:
-        return reduction
-    if isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (int, Tensor)):
-        raise TypeError(f"num_items_in_batch must be an int or a tensor, got {num_items_in_batch!r}")
-    if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
-        raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}")
-    if isinstance(num_items_in_batch, int) and num_items_in_batch < 0:
-        raise ValueError(f"num_items_in_batch must not be negative, got {num_items_in_batch}")
-    if reduction != "mean":
-        raise ValueError(f"num_items_in_batch must be None unless reduction is 'mean', got reduction={reduction!r}")
-    return "sum"
 
 
 def _run(
@@ -323,20 +324,29 @@ def _run(
 ) -> Tensor | CrossEntropyOutput:
     tokens = rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
     vectors = (None if v is None else v.contiguous() for v in (bias, class_weight))
+    if weight is not None and torch.compiler.is_compiling():
+        # Of torch.func.grad's own argument the compiler does not see that it requires grad: its gradient would be 0.
+        weight = weight.view_as(weight)
+    if weight is not None and torch.is_grad_enabled():
+        wanted = tuple(name for name, tensor in (("x", rows), ("weight", weight)) if tensor.requires_grad)
+        most, few, many = for_gradient(step, wanted, rows.device) if wanted else (0, step, step)
+        step = few if most and tokens.shape[0] <= most else many
     results = PlannedLoss.apply(step, shard, tokens, weight, target.contiguous(), *vectors)
     names = output_names(step)  # what it saved comes after
     output = {name: r.view(target.shape) if r.dim() else r for name, r in zip(names, results, strict=False)}
     if num_items is not None:
-        share = _share(num_items)
+        share = _share(num_items, rows.device)
         output |= {name: output[name] * share for name in ("loss", "z_loss") if name in output}
     return output["loss"] if len(names) == 1 else CrossEntropyOutput(**output)
 
 
-def _share(num_items: int | Tensor) -> float | Tensor:
+def _share(num_items: int | Tensor, device: torch.device) -> float | Tensor:
     """Each item's part of the mean. Of none it is 1: a batch in which nothing is valid has loss 0.
 
     A scalar tensor on a CPU multiplies on any device, without a transfer to wait for.
     """
-    if isinstance(num_items, Tensor):
-        return num_items.reshape(()).float().clamp(min=1).reciprocal()
-    return 1.0 / max(num_items, 1)
+    if not isinstance(num_items, Tensor):
+        return 1.0 / max(num_items, 1)
+    items = num_items.full_tensor() if is_dtensor(num_items) else num_items  # type: ignore[attr-defined]
+    items = (items if items.device.type == "cpu" else items.to(device)).reshape(()).float()
+    return torch.where(items <= 0, 1.0, items).reciprocal()

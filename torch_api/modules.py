@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,8 +16,16 @@ from torch_api.output import CrossEntropyOutput
 class _Loss(nn.Module):
     """A loss whose options are attributes, validated when it is made."""
 
+    engine: str
+    memory: str | int = "auto"
+
     def _options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in core.OPTION_NAMES if hasattr(self, name)}
+
+    def _check(self) -> None:
+        """Raise on options that make no sense, whatever the tensors."""
+        any_problem = core.Problem((), 1, None, torch.float32, has_bias=False, has_class_weight=False, columns=1)
+        core.Step("loss", any_problem, core.Options(**self._options()), self.engine, self.memory)
 
     def extra_repr(self) -> str:
         defaults = core.Options()
@@ -68,7 +77,7 @@ class CrossEntropyLoss(_Loss):
         self.return_counts = return_counts
         self.engine = engine
         self.check_labels = check_labels
-        core.Options(**self._options())  # raises on what makes no sense
+        self._check()
 
     def forward(
         self, input: Tensor, target: Tensor, *, num_items_in_batch: int | Tensor | None = None
@@ -136,7 +145,7 @@ class FusedLinearCrossEntropyLoss(_Loss):
         self.memory = memory
         self.engine = engine
         self.check_labels = check_labels
-        core.Options(**self._options())  # raises on what makes no sense
+        self._check()
 
     def forward(
         self,
@@ -160,3 +169,10 @@ class FusedLinearCrossEntropyLoss(_Loss):
             engine=self.engine,
             **self._options(),
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedLinearCrossEntropyLoss:
+        memo[id(self.process_group)] = self.process_group  # a copy's is the same: groups cannot be copied
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new

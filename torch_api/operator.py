@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from core_kernels import Options, Plan, Problem, Step, check_labels, plan
+from core_kernels import for_gradient as step_for_gradient
 from core_kernels import launch as launch_plan
 
 _library = torch.library.Library("twinhead", "DEF")
@@ -54,13 +55,21 @@ def decode(text: str) -> Step:
     problem = fields["problem"]
     problem |= {"leading": (-1,), "groups": tuple(problem["groups"]), "dtype": getattr(torch, problem["dtype"])}
     fields |= {"problem": Problem(**problem), "options": Options(**fields["options"])}
-    fields |= {"wanted": tuple(fields["wanted"]), "index_dtype": getattr(torch, fields["index_dtype"])}
+    fields |= {name: tuple(fields[name]) for name in ("wanted", "ahead")}
+    fields |= {"index_dtype": getattr(torch, fields["index_dtype"])}
     return Step(**fields)
 
 
 @cached_constant
 def output_names(text: str) -> tuple[str, ...]:
     return tuple(buffer.name for buffer in decode(text).outputs)
+
+
+@cached_constant
+def for_gradient(text: str, wanted: tuple[str, ...], device: torch.device) -> tuple[int, str, str]:
+    """Up to how many tokens which step serves the gradient that will follow, and which with more."""
+    most, few, many = step_for_gradient(decode(text), wanted, device)
+    return most, encode(few), encode(many)
 
 
 @cached_constant

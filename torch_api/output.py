@@ -29,4 +29,5 @@ class CrossEntropyOutput:
     num_correct: Tensor | None = None
 
 
-torch.export.register_dataclass(CrossEntropyOutput)  # a tree of tensors, to torch.func, to exporting and to tracing
+# A tree of tensors, to torch.func, to exporting and to tracing; by its name in saved programs.
+torch.export.register_dataclass(CrossEntropyOutput, serialized_type_name="torch_api.CrossEntropyOutput")

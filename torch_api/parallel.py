@@ -59,7 +59,7 @@ def shard_of_group(weight: Tensor, group: Any) -> Shard:
         raise ValueError("process_group must have this rank in it")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup or None, got {group!r}")
-    shards, columns = dist.get_world_size(group), weight.shape[0]
+    shards, columns = dist.get_world_size(group), weight.shape[0] if weight.dim() else 0  # a scalar is refused later
     return Shard(group, shards, dist.get_rank(group) * columns, shards * columns)
 
 

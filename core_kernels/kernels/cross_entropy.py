@@ -32,7 +32,7 @@ def load_logits(
 @triton.jit
 def cross_entropy_forward(
     logits, labels, class_weight, class_weight_sum,
-    loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
+    loss, z_loss, correct, num_valid, num_correct, predicted, saved_base, saved_log_sum, token_scale,
     stride_n, stride_v, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
     PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, COUNTS: tl.constexpr,
     PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
@@ -86,7 +86,7 @@ def cross_entropy_forward(
     store_token(
         token, True, label, row_max, tl.log(row_sum), target_logit, smooth_base, smooth_sum, argmax,
         class_weight, class_weight_sum,
-        loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
+        loss, z_loss, correct, num_valid, num_correct, predicted, saved_base, saved_log_sum, token_scale,
         V, ignore_index, smoothing, lse_square_scale,
         PER_TOKEN, Z_OUTPUT, ACCURACY, COUNTS, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def cross_entropy_forward(
 
 @triton.jit
 def cross_entropy_backward(
-    logits, labels, class_weight, class_weight_sum, saved_max, saved_log_sum, token_scale, divisors,
+    logits, labels, class_weight, class_weight_sum, lse_base, saved_log_sum, token_scale, divisors,
     grad_loss, grad_logits,
     stride_n, stride_v, group_tokens, V, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
@@ -106,10 +106,10 @@ def cross_entropy_backward(
     valid = is_valid(label, ignore_index, V)
     row = logits + token * stride_n
     grad_row = grad_logits + token * V
-    row_max = tl.load(saved_max + token, mask=valid, other=0.0)
+    base = tl.load(lse_base + token, mask=valid, other=0.0)
     log_sum = tl.load(saved_log_sum + token, mask=valid, other=0.0)
     soft, target, uniform = gradient_coefficients(
-        token, label, valid, row_max, log_sum,
+        token, label, valid, base, log_sum,
         grad_loss, group_tokens, divisors, token_scale, class_weight, class_weight_sum,
         V, smoothing, lse_square_scale,
         MEAN, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING, Z_LOSS,
@@ -120,7 +120,7 @@ def cross_entropy_backward(
         readable = column < tl.where(valid, V, 0)
         z = load_logits(row, column, readable, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         g = logits_gradient(
-            z, column, in_vocab, label, row_max, log_sum, soft, target, uniform,
+            z, column, in_vocab, label, base, log_sum, soft, target, uniform,
             class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
         g = tl.where(valid, g, 0.0)

@@ -4,12 +4,15 @@ Throughout, a *final* logit is ``z = cap(scale * (x @ w + bias))`` in float32, a
 and a token is *valid* when its label is a class.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 from core_kernels.engine import interpreting
 
 INTERPRETED = tl.constexpr(interpreting())
+ON_NVIDIA = tl.constexpr(torch.version.hip is None and not interpreting())
+LOG2_E = tl.constexpr(1.4426950408889634)
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-2147483648)
 
@@ -39,6 +42,18 @@ def multiply_add(a, b, total):
 
 
 @triton.jit
+def exp(x):
+    """exp in float32; on an NVIDIA GPU one instruction after the scaling, which flushes what is below 2^-126 to 0."""
+    if ON_NVIDIA:
+        y = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * LOG2_E], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        y = tl.exp(x)
+    return y
+
+
+@triton.jit
 def tanh(u):
     """tanh in float32, accurate relative to its value near 0 as well (an exponential alone cancels there)."""
     a = tl.abs(u)
@@ -53,12 +68,18 @@ def tanh(u):
 
 
 @triton.jit
-def final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """Scale, cap, and only then mask: a padded column masked before the cap would come out as ``-softcap``."""
+def cap_logits(z, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     if HAS_SCALE:
         z = z * logit_scale
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def final_logits(z, in_vocab, logit_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """Scale, cap, and only then mask: a padded column masked before the cap would come out as ``-softcap``."""
+    z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     return tl.where(in_vocab, z, float("-inf"))
 
 
@@ -86,7 +107,7 @@ def tile_statistics(z, columns, row_max, ARGMAX: tl.constexpr):
     """
     top = tl.max(z, 1)
     base = finite_or_zero(tl.maximum(row_max, top))
-    total = tl.sum(tl.exp(z - base[:, None]), 1)
+    total = tl.sum(exp(z - base[:, None]), 1)
     column = tl.full(top.shape, NO_COLUMN, tl.int32)
     if ARGMAX:
         column = tl.min(tl.where(z == top[:, None], columns[None, :], NO_COLUMN), 1)
@@ -117,7 +138,7 @@ def is_valid(label, ignore_index, V):
 
 @triton.jit
 def gradient_coefficients(
-    token, label, valid, row_max, log_sum,
+    token, label, valid, base, log_sum,
     grad_loss, group_tokens, divisors, token_scale, class_weight, class_weight_sum,
     V, smoothing, lse_square_scale,
     MEAN: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
@@ -125,10 +146,13 @@ def gradient_coefficients(
 ):  # fmt: skip
     """Row factors of ``dL/dz_v = target * (p_v - [v == label]) + soft * p_v - uniform * w_v``, upstream included.
 
-    Each group of ``group_tokens`` tokens has its own upstream gradient and divisors.
+    Each group of ``group_tokens`` tokens has its own upstream gradient (``None`` for 1) and divisors.
     """
     group = token // group_tokens
-    g = tl.load(grad_loss + group, mask=valid, other=0.0)
+    if grad_loss is None:
+        g = valid.to(tl.float32)
+    else:
+        g = tl.load(grad_loss + group, mask=valid, other=0.0)
     if TOKEN_SCALING:
         g = g * tl.load(token_scale + token, mask=valid, other=0.0)
     g_z = g
@@ -145,19 +169,19 @@ def gradient_coefficients(
         uniform = g * (smoothing / V)
         soft = uniform * (tl.load(class_weight_sum) if CLASS_WEIGHT else V)
     if Z_LOSS:
-        soft = soft + 2.0 * lse_square_scale * (row_max + log_sum) * g_z
+        soft = soft + 2.0 * lse_square_scale * (base + log_sum) * g_z
     return soft, target, uniform
 
 
 @triton.jit
 def logits_gradient(
-    z, columns, in_vocab, label, row_max, log_sum, soft, target, uniform,
+    z, columns, in_vocab, label, base, log_sum, soft, target, uniform,
     class_weight, logit_scale, softcap,
     CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above."""
-    p = tl.exp((z - row_max) - log_sum)
+    p = exp((z - base) - log_sum)
     g = tl.where(columns == label, p - 1.0, p) * target
     if SMOOTHING or Z_LOSS:
         g = g + soft * p

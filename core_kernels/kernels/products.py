@@ -1,95 +1,137 @@
-"""The products of the backward pass: a slab of logit gradients becomes gradients of ``x``, ``weight`` and ``bias``."""
+"""The products of the backward pass: a matrix over valid tokens and vocab becomes gradients of the inputs.
+
+The matrix is a slab of logit gradients, or the kept exponentials of logits. All operands are read, and all tiles are
+stored, but for float32 sums, through tensor descriptors where strides allow. The programs are as many as run at a time, and each takes every
+so-many-th tile. Their loops are not flattened into one, as the projection's are: what is done with a finished tile here
+would undo the pipelining. The two products of a slab are independent, so where the GPU can (``OVERLAP``) the second
+starts as the first runs out of tiles.
+"""
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
-from core_kernels.kernels.linear import grouped_tile
 from core_kernels.kernels.logits import multiply_add, round_to
-
-
-@triton.jit
-def add_input_gradient(
-    slab, weight, grad_rows, valid_count, stride_wv, stride_wh, H, first_column, slab_columns, slab_stride,
-    FIRST: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """Grid (token tiles * hidden tiles,). ``grad_rows (valid tokens, H) (+)= slab @ weight[columns]`` in float32."""
-    count = tl.load(valid_count)
-    token_tiles = tl.cdiv(count, M)
-    hidden_tiles = tl.cdiv(H, N)
-    index = tl.program_id(0)
-    if index >= token_tiles * hidden_tiles:
-        return
-    tile, hidden_tile = grouped_tile(index, token_tiles, hidden_tiles, GROUP)
-    rank = (tile * M + tl.arange(0, M)).to(tl.int64)
-    h = hidden_tile * N + tl.arange(0, N)
-    k = tl.arange(0, K)
-    inside = rank < count
-    in_hidden = h < H
-    at = rank[:, None] * H + h[None, :]
-    mask = inside[:, None] & in_hidden[None, :]
-    total = tl.zeros([M, N], tl.float32)
-    if not FIRST:
-        total = tl.load(grad_rows + at, mask=mask, other=0.0)
-    g_tile = slab + rank[:, None] * slab_stride + k[None, :]
-    w_tile = weight + (first_column + k[:, None]).to(tl.int64) * stride_wv + h[None, :].to(tl.int64) * stride_wh
-    for start in range(0, slab_columns, K):
-        in_slab = start + k < slab_columns
-        a = tl.load(g_tile, mask=inside[:, None] & in_slab[None, :], other=0.0)
-        b = tl.load(w_tile, mask=in_slab[:, None] & in_hidden[None, :], other=0.0)
-        total = multiply_add(a, b, total)
-        g_tile += K
-        w_tile += tl.cast(stride_wv, tl.int64) * K
-    tl.store(grad_rows + at, total, mask=mask)
-
-
-@triton.jit
-def scatter_input_gradient(grad_rows, valid_position, grad_x, H, BLOCK: tl.constexpr):
-    """Grid (tokens, blocks of H). ``grad_x (tokens, H)``: the valid tokens' rows, rounded once, and exact zeros."""
-    token = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    position = tl.load(valid_position + token).to(tl.int64)
-    g = tl.load(grad_rows + position * H + h, mask=h < tl.where(position >= 0, H, 0), other=0.0)
-    tl.store(grad_x + token * H + h, round_to(g, grad_x.dtype.element_ty), mask=h < H)
-
-
-@triton.jit
-def gather_valid_rows(
-    x, valid_tokens, valid_count, valid_x, stride_xn, stride_xh, H, row_stride, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Grid (tokens, blocks of H). ``valid_x (tokens, H)``: the valid tokens' rows of ``x``, packed, then zeros."""
-    rank = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(valid_tokens + rank).to(tl.int64)
-    readable = h < tl.where(rank < tl.load(valid_count), H, 0)
-    row = tl.load(x + token * stride_xn + h.to(tl.int64) * stride_xh, mask=readable, other=0.0)
-    tl.store(valid_x + rank * row_stride + h, row, mask=h < H)
+from core_kernels.kernels.projection import grouped_tile
+from core_kernels.kernels.stores import (
+    NO_SLOT,
+    store_rounded,
+    store_rounded_strided,
+    store_rounded_transposed,
+    store_rows,
+    store_sums,
+)
 
 
 @triton.jit
 def weight_gradient(
-    slab, valid_x, grad_weight, valid_count, stride_gv, stride_gh, H, first_column, slab_columns,
+    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, stride_gv, stride_gh, rows_stride,
+    first_rank, ranks, first_column, columns, H, programs,
+    LABELS: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (vocab tiles of the slab * hidden tiles,). ``grad_weight[columns] = slab.T @ valid_x``, rounded once.
+    """Grid (programs,). ``matrix.T @ packed_x``, over ``ranks`` valid tokens from the ``first_rank``-th, into the rows of
+    ``grad_weight`` from ``first_column``: rounded once, by the ``LAYOUT`` of the weight, or, with ``"sums"``, in
+    float32, which may ``ADD`` to what is there.
 
-    ``slab (tokens, slab_columns)`` and ``valid_x (tokens, H)`` are tensor descriptors, of (K, M) and (K, N) blocks.
-    Both are zero from the last valid token to the end of its tile.
+    ``LABELS``: rows of classes that are some token's label go to ``label_rows (tokens, H)`` in float32 as well, at
+    ``label_slot (V,)``. ``matrix`` and ``packed_x`` are descriptors of (K, M) and (K, N) blocks, and zero from the last
+    valid token to the end of its tile.
     """
-    count = tl.load(valid_count)
-    vocab_tiles = tl.cdiv(slab_columns, M)
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
+    count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
+    vocab_tiles = tl.cdiv(columns, M)
+    if ADD:
+        vocab_tiles = tl.where(count > 0, vocab_tiles, 0)
     hidden_tiles = tl.cdiv(H, N)
-    tile, hidden_tile = grouped_tile(tl.program_id(0), vocab_tiles, hidden_tiles, GROUP)
-    total = tl.zeros([M, N], tl.float32)
-    for start in range(0, count, K):
-        a = slab.load([start, tile * M]).T
-        b = valid_x.load([start, hidden_tile * N])
-        total = multiply_add(a, b, total)
-    slab_column = tile * M + tl.arange(0, M)
-    h = hidden_tile * N + tl.arange(0, N)
-    at = (first_column + slab_column).to(tl.int64)[:, None] * stride_gv + h[None, :].to(tl.int64) * stride_gh
-    rounded = round_to(total, grad_weight.dtype.element_ty)
-    tl.store(grad_weight + at, rounded, mask=(slab_column < slab_columns)[:, None] & (h < H)[None, :])
+    for index in tl.range(tl.program_id(0), vocab_tiles * hidden_tiles, programs):
+        tile, hidden_tile = grouped_tile(index, vocab_tiles, hidden_tiles, GROUP)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, count, K):
+            a = matrix.load([start, tile * M]).T
+            b = packed_x.load([start, hidden_tile * N])
+            total = multiply_add(a, b, total)
+        if LABELS:
+            column = tile * M + tl.arange(0, M)
+            slot = tl.load(label_slot + column, mask=column < columns, other=NO_SLOT)
+            if tl.min(slot, 0) < NO_SLOT:
+                store_rows(label_rows, slot, hidden_tile * N, total, H, rows_stride)
+        row = first_column + tile * M
+        if LAYOUT == "sums":
+            store_sums(grad_weight, row, hidden_tile * N, total, first_column + columns, H, stride_gv, ADD)
+        elif LAYOUT == "vh":
+            store_rounded(grad_weight, row, hidden_tile * N, total)
+        elif LAYOUT == "hv":
+            store_rounded_transposed(grad_weight, row, hidden_tile * N, total)
+        else:
+            end = first_column + columns
+            store_rounded_strided(grad_weight, row, hidden_tile * N, total, end, H, stride_gv, stride_gh)
+
+
+@triton.jit
+def split_from(token_tiles, split_tiles):
+    """The first token tile whose sums over the vocab are made in parts."""
+    return tl.maximum(token_tiles - split_tiles, 0)
+
+
+@triton.jit
+def input_gradient(
+    matrix, weight, rows, valid_count, stride_wv, stride_wh, rows_end, rows_stride,
+    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs,
+    ADD: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, OVERLAP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Grid (programs,). ``rows (ranks, H)``: ``matrix @ weight[columns]`` in float32, for ``ranks`` valid tokens from the
+    ``first_rank``-th, which may ``ADD`` to what is there.
+
+    With ``SPLIT``, the last ``split_tiles`` token tiles are summed in ``splits`` parts of the columns, to keep all
+    programs busy: the first part goes to its tokens' ``rows``, the others to those from the ``first_part``-th.
+    ``matrix`` is a descriptor of (M, K) blocks; ``rows`` has ``rows_end`` rows in all.
+    """
+    count = tl.maximum(tl.minimum(tl.load(valid_count) - first_rank, ranks), 0)
+    token_tiles = tl.cdiv(count, M)
+    hidden_tiles = tl.cdiv(H, N)
+    first_split = token_tiles
+    if SPLIT:
+        first_split = split_from(token_tiles, split_tiles)
+    whole = first_split * hidden_tiles
+    split_count = token_tiles - first_split
+    split = split_count * hidden_tiles
+    for index in tl.range(tl.program_id(0), whole + split * splits, programs):
+        is_part = index >= whole
+        rank = tl.where(is_part, (index - whole) % tl.maximum(split, 1), index)
+        tile, hidden_tile = grouped_tile(rank, tl.where(is_part, split_count, first_split), hidden_tiles, GROUP)
+        tile = tl.where(is_part, first_split + tile, tile)
+        row = tile * M
+        begin = 0
+        end = columns
+        if SPLIT:
+            part = tl.maximum(index - whole, 0) // tl.maximum(split, 1)
+            if part > 0:
+                row = first_part + ((part - 1) * split_tiles + tile - first_split) * M
+            per_part = tl.cdiv(tl.cdiv(columns, K), splits) * K
+            begin = part * per_part
+            end = tl.where(is_part, tl.minimum(begin + per_part, columns), columns)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(begin, end, K):
+            a = matrix.load([tile * M, start])
+            first = first_column + start
+            if LAYOUT == "vh":
+                b = weight.load([first, hidden_tile * N])
+            elif LAYOUT == "hv":
+                b = weight.load([hidden_tile * N, first]).T
+            else:
+                column = first + tl.arange(0, K)
+                h = hidden_tile * N + tl.arange(0, N)
+                at = column[:, None].to(tl.int64) * stride_wv + h[None, :].to(tl.int64) * stride_wh
+                mask = (column < first_column + columns)[:, None] & (h < H)[None, :]
+                b = tl.load(weight + at, mask=mask, other=0.0)
+            total = multiply_add(a, b, total)
+        store_sums(rows, row, hidden_tile * N, total, rows_end, H, rows_stride, ADD)
+    if OVERLAP:  # the last program to start: this launch shall not end before the one that it overlaps
+        if tl.program_id(0) == tl.num_programs(0) - 1:
+            cuda.gdc_wait()
 
 
 @triton.jit

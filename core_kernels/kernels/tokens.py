@@ -11,15 +11,16 @@ def compact_valid_tokens(labels, valid_tokens, valid_position, valid_count, N, V
     """Number the valid tokens in order, so that products can skip the others without the host knowing the count.
 
     One program. ``valid_tokens[r]`` is the r-th valid token, and those that are not valid come after all that are;
-    ``valid_position`` is its inverse, -1 where not valid.
+    ``valid_position`` is its inverse, and ``-1 - r`` where not valid.
     """
     count = tl.zeros([], tl.int32)
     for start in range(0, N, BLOCK):
         token = start + tl.arange(0, BLOCK)
         valid = (token < N) & is_valid(tl.load(labels + token, mask=token < N, other=0), ignore_index, V)
         rank = count + tl.cumsum(valid.to(tl.int32), 0) - 1
-        tl.store(valid_tokens + tl.where(valid, rank, N - 1 - (token - 1 - rank)), token, mask=token < N)
-        tl.store(valid_position + token, tl.where(valid, rank, -1), mask=token < N)
+        rank = tl.where(valid, rank, N - 1 - (token - 1 - rank))
+        tl.store(valid_tokens + rank, token, mask=token < N)
+        tl.store(valid_position + token, tl.where(valid, rank, -1 - rank), mask=token < N)
         count += tl.sum(valid.to(tl.int32), 0)
     tl.store(valid_count, count)
 
@@ -35,29 +36,50 @@ def sum_class_weight(class_weight, class_weight_sum, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def mean_divisors(
+    labels, class_weight, divisors, num_tokens, V, ignore_index, CLASS_WEIGHT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """``divisors (2,)`` as ``reduce_tokens`` leaves them, where they are needed before the losses are. One program."""
+    sum_weight = tl.zeros([BLOCK], tl.float32)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, num_tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        label = tl.load(labels + token, mask=token < num_tokens, other=0)
+        valid = (token < num_tokens) & is_valid(label, ignore_index, V)
+        count += valid.to(tl.int32)
+        if CLASS_WEIGHT:
+            sum_weight += tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
+    valid_count = tl.sum(count, 0).to(tl.float32)
+    weights = tl.sum(sum_weight, 0) if CLASS_WEIGHT else valid_count
+    tl.store(divisors, tl.where(weights == 0.0, 0.0, 1.0 / weights))
+    tl.store(divisors + 1, tl.where(valid_count == 0.0, 0.0, 1.0 / valid_count))
+
+
+@triton.jit
 def store_token(
-    token, in_range, label, row_max, log_sum, target_logit, smooth_base, smooth_sum, argmax,
+    token, in_range, label, base, log_sum, target_logit, smooth_base, smooth_sum, argmax,
     class_weight, class_weight_sum,
-    loss, z_loss, correct, num_valid, num_correct, predicted, saved_max, saved_log_sum, token_scale,
+    loss, z_loss, correct, num_valid, num_correct, predicted, saved_base, saved_log_sum, token_scale,
     V, ignore_index, smoothing, lse_square_scale,
     PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr, COUNTS: tl.constexpr,
     PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
 ):  # fmt: skip
-    """Store what one token contributes, from its row's statistics. Device function.
+    """Store what one token contributes, from its row's statistics, ``lse = base + log_sum``. Device function.
 
     ``loss = w_y (1 - e) (lse - z_y) + e / V * sum_v w_v (lse - z_v)``, ``z_loss = lse_square_scale * lse^2``, where
     ``smooth_sum = sum_v w_v (z_v - smooth_base)``. Ignored: 0 and -1. A label that is no class: NaN and -1.
     """
     ignored = label == ignore_index
     valid = in_range & is_valid(label, ignore_index, V)
-    nll = (row_max - target_logit) + log_sum  # not lse - z_y: small losses keep their digits
-    lse = row_max + log_sum
+    nll = (base - target_logit) + log_sum  # not lse - z_y: small losses keep their digits
+    nll = tl.where(nll < 0.0, 0.0, nll)  # the label's logit may be rounded otherwise than the sum's
+    lse = base + log_sum
     value = nll
     if CLASS_WEIGHT:
         value = nll * tl.load(class_weight + label, mask=valid, other=0.0).to(tl.float32)
     if SMOOTHING:
         weights = tl.load(class_weight_sum) if CLASS_WEIGHT else V
-        spread = ((row_max - smooth_base) + log_sum) * weights - smooth_sum
+        spread = ((base - smooth_base) + log_sum) * weights - smooth_sum
         value = (1.0 - smoothing) * value + (smoothing / V) * spread
     z_value = lse_square_scale * lse * lse
     if TOKEN_SCALING:
@@ -75,7 +97,7 @@ def store_token(
     else:
         tl.store(loss + token, value, mask=in_range)
         tl.store(z_loss + token, z_value, mask=in_range)
-    tl.store(saved_max + token, tl.where(valid, row_max, 0.0), mask=in_range)
+    tl.store(saved_base + token, tl.where(valid, base, 0.0), mask=in_range)
     tl.store(saved_log_sum + token, tl.where(valid, log_sum, 0.0), mask=in_range)
     if ACCURACY or COUNTS or PREDICTED:
         prediction = tl.where(valid, argmax_column(argmax), -1)

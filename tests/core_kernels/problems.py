@@ -12,13 +12,13 @@ from torch import Tensor
 
 from core_kernels import Argument, Options, Plan, Problem, Step, launch, linear_problem, logits_problem, plan
 from core_kernels.engine import choose_engine
-from core_kernels.tiles import choose_tile
+from core_kernels.tiles import choose_tiles
 from tests.support import suite_device
 
 Tensors = dict[str, Tensor]
 
 # No multiple of a tile, wherever the suite runs; the vocab and the hidden size span two.
-TILE = choose_tile(suite_device(), torch.float32)
+TILE = choose_tiles(suite_device(), torch.float32, None).project
 TOKENS, HIDDEN, VOCAB = 7, TILE.k + 4, TILE.n + 37
 IGNORE = -100
 POISON = -77

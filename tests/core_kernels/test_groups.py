@@ -36,7 +36,7 @@ from tests.core_kernels.problems import (
 )
 
 # Inputs, outputs and saved buffers that hold something of each token; the others hold something of each group.
-OF_TOKENS = ("x", "logits", "labels", "predicted_tokens", "row_max", "log_sum", "token_scale")
+OF_TOKENS = ("x", "logits", "labels", "predicted_tokens", "lse_base", "log_sum", "token_scale")
 
 every_problem = pytest.mark.parametrize("problem", [linear, logits])
 every_shape = pytest.mark.parametrize("groups", [(2,), (2, 3), (1, 2)], ids=str)

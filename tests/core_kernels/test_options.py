@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from core_kernels import OPTION_NAMES, Options
+from core_kernels.options import REDUCTIONS
 from tests.core_kernels.problems import PLAIN
 
 
@@ -45,6 +47,35 @@ def test_every_option_is_checked_and_named(name: str) -> None:
         Options(**{name: []})
     with pytest.raises(error, match=rf"^{name} must be .*, got \[\]$"):
         replace(PLAIN, **{name: []})
+
+
+SCALARS = (np.ndarray, np.generic), "an array"
+
+
+def test_a_mean_over_other_items_is_a_sum_that_is_divided_after() -> None:
+    for reduction in REDUCTIONS:
+        assert Options.reduction_over(None, reduction, *SCALARS) == reduction
+    for num_items in (0, 7, np.int64(7), np.array(7), np.array([[7.5]])):
+        assert Options.reduction_over(num_items, "mean", *SCALARS) == "sum"
+
+
+@pytest.mark.parametrize(
+    ("num_items", "reduction", "error", "message"),
+    [
+        (7.0, "mean", TypeError, "must be an int or an array, got 7.0"),
+        (True, "mean", TypeError, "must be an int or an array, got True"),
+        ([7], "mean", TypeError, "must be an int or an array, got [7]"),
+        (-1, "mean", ValueError, "must not be negative, got -1"),
+        (np.ones((2, 1)), "mean", ValueError, "must be one number, got shape (2, 1)"),
+        (np.ones(0), "mean", ValueError, "must be one number, got shape (0,)"),
+        (7, "none", ValueError, "must be None unless reduction is 'mean', got reduction='none'"),
+        (np.int64(7), "sum", ValueError, "must be None unless reduction is 'mean', got reduction='sum'"),
+    ],
+    ids=str,
+)
+def test_bad_items_are_named(num_items: Any, reduction: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^num_items_in_batch {re.escape(message)}$"):
+        Options.reduction_over(num_items, reduction, *SCALARS)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def plain_sum(engine: str, problem: Callable[..., Problem], class_weight: bool =
 def test_a_plain_loss_needs_little(engine: str, problem: Callable[..., Problem]) -> None:
     planned = plain_sum(engine, problem)
     assert names(planned.outputs) == {"loss"}
-    assert names(planned.saved) == {"row_max", "log_sum"}
+    assert names(planned.saved) == {"lse_base", "log_sum"}
     per_token = plain_sum(engine, problem, reduction="none")
     if engine == "torch":
         assert names(per_token.workspace) == {"slab"}
@@ -275,7 +275,7 @@ def test_each_group_has_its_own_results(engine: str) -> None:
     shapes = {buffer.name: buffer.shape for buffer in plan(loss, CPU).buffers}
     assert {shapes[name] for name in ("loss", "z_loss", "token_accuracy")} == {(2, 3)}
     assert shapes["divisors"] == (2, 3, 2)
-    assert {shapes[name] for name in ("predicted_tokens", "row_max", "log_sum")} == {(6 * TOKENS,)}
+    assert {shapes[name] for name in ("predicted_tokens", "lse_base", "log_sum")} == {(6 * TOKENS,)}
     per_token = replace(loss, options=replace(EVERYTHING, reduction="none"))
     assert {buffer.shape for buffer in per_token.outputs} == {(6 * TOKENS,)}
 

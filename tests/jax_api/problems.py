@@ -55,7 +55,9 @@ class Operation:
     rows: str  # the argument that has one row per token
     class_weight: str
 
-    def problem(self, leading: tuple[int, ...] = (TOKENS,), dtype: Any = jnp.float32, seed: int = 0) -> Problem:
+    def problem(
+        self, leading: tuple[int, ...] = (TOKENS,), dtype: Any = jnp.float32, seed: int = 0, vocab: int = VOCAB
+    ) -> Problem:
         """Random arrays; the first and the last label are ignored if there are more than two."""
         rng = np.random.default_rng(seed)
 
@@ -65,18 +67,18 @@ class Operation:
         if self is LINEAR:
             primals = {
                 "x": normal((*leading, HIDDEN)),
-                "weight": normal((VOCAB, HIDDEN), 0.6),
-                "bias": normal((VOCAB,), 0.5),
+                "weight": normal((vocab, HIDDEN), 0.6),
+                "bias": normal((vocab,), 0.5),
             }
         else:
-            primals = {"logits": normal((*leading, VOCAB), 2.0)}
-        labels = rng.integers(0, VOCAB, math.prod(leading))
+            primals = {"logits": normal((*leading, vocab), 2.0)}
+        labels = rng.integers(0, vocab, math.prod(leading))
         if labels.size > 2:
             labels[[0, -1]] = IGNORED
         return Problem(
             primals=primals,
             labels=jnp.asarray(labels.reshape(leading), jnp.int32),
-            class_weight=jnp.asarray(rng.uniform(0.5, 2.0, VOCAB), jnp.float32),
+            class_weight=jnp.asarray(rng.uniform(0.5, 2.0, vocab), jnp.float32),
             upstream=jnp.asarray(rng.normal(size=leading), jnp.float32),
         )
 
@@ -98,7 +100,13 @@ LINEAR = Operation(
 LOGITS = Operation("logits", jax_api.cross_entropy, reference.cross_entropy, oracle.cross_entropy, "logits", "weight")
 
 each_operation = pytest.mark.parametrize("operation", (LINEAR, LOGITS), ids=lambda operation: operation.name)
-eager_and_jit = pytest.mark.parametrize("transform", (lambda function: function, jax.jit), ids=("eager", "jit"))
+
+
+def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+eager_and_jit = pytest.mark.parametrize("transform", (eagerly, jax.jit), ids=("eager", "jit"))
 
 
 def gradient(loss: Loss) -> Callable[[Arrays], Arrays]:

@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 from jax_api import CrossEntropyOutput, fused_linear_ce
 from tests.jax_api.problems import (
-    HIDDEN,
     IGNORED,
     LINEAR,
     METRICS,
@@ -54,27 +53,8 @@ def place(array: jax.Array, mesh: Mesh, *spec: Any) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, P(*spec)))
 
 
-def random_problem(
-    leading: tuple[int, ...] = (TOKENS,), vocab: int = VOCAB, dtype: Any = jnp.float32, seed: int = 0
-) -> Problem:
-    """The first and the last label are ignored."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> jax.Array:
-        return jnp.asarray(rng.normal(scale=scale, size=shape), jnp.float32).astype(dtype)
-
-    labels = rng.integers(0, vocab, math.prod(leading))
-    labels[[0, -1]] = IGNORED
-    return Problem(
-        primals={
-            "x": normal(*leading, HIDDEN),
-            "weight": normal(vocab, HIDDEN, scale=0.6),
-            "bias": normal(vocab, scale=0.5),
-        },
-        labels=jnp.asarray(labels.reshape(leading), jnp.int32),
-        class_weight=jnp.asarray(rng.uniform(0.5, 2.0, vocab), jnp.float32),
-        upstream=jnp.asarray(rng.normal(size=leading), jnp.float32),
-    )
+def random_problem(leading: tuple[int, ...] = (TOKENS,), vocab: int = VOCAB, **options: Any) -> Problem:
+    return LINEAR.problem(leading, vocab=vocab, **options)
 
 
 def shard_map(body: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any = None, **options: Any) -> Any:
@@ -105,10 +85,6 @@ def unsharded(labels: jax.Array, **arguments: Any) -> Callable[[Arrays], Any]:
     """``fused_linear_ce`` as a function of the primals; bad labels do not raise, being traced."""
     call = jax.jit(lambda primals, labels: fused_linear_ce(**primals, labels=labels, **arguments))
     return lambda primals: call(primals, labels)
-
-
-def eagerly(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
 
 
 def differentiate(

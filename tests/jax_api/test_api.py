@@ -30,6 +30,7 @@ from tests.jax_api.problems import (
     assert_same_bits,
     each_operation,
     eager_and_jit,
+    eagerly,
     kernels_run,
     with_output_as_auxiliary,
     x64_by_config,
@@ -196,7 +197,7 @@ def test_class_weights_may_have_another_float_dtype() -> None:
 
 @pytest.mark.parametrize(
     ("enabled", "label_dtype", "transform"),
-    ((x64_by_config, jnp.int64, jax.jit), (lambda: jax.enable_x64(True), jnp.int32, lambda function: function)),
+    ((x64_by_config, jnp.int64, jax.jit), (lambda: jax.enable_x64(True), jnp.int32, eagerly)),
     ids=("by configuration, int64 labels, jit", "by context manager, int32 labels, eager"),
 )
 @each_operation
@@ -337,6 +338,14 @@ def test_the_engine_can_be_chosen(operation: Operation, engine: str) -> None:
     compare = assert_same_bits if is_default else assert_close
     for transform in (lambda f: f, lambda f: jax.grad(lambda p: f(p).loss)):
         compare(transform(chosen)(problem.primals), transform(automatic)(problem.primals))
+
+
+def test_items_may_be_a_fraction() -> None:
+    """As a sum of class weights may be."""
+    problem = LOGITS.problem()
+    fraction, _ = LOGITS.losses(problem, num_items_in_batch=jnp.float32(0.25))
+    total, _ = LOGITS.losses(problem, reduction="sum")
+    assert_same_bits(fraction(problem.primals), 4 * total(problem.primals))
 
 
 def test_accum_dtype_changes_nothing() -> None:

@@ -13,10 +13,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jax_api import cross_entropy, fused_linear_ce
-from tests.jax_api.problems import assert_close, eager_and_jit
+from tests.jax_api.problems import assert_close, eager_and_jit, eagerly
 from tests.jax_api.sharded import (
     differentiate,
-    eagerly,
     make_mesh,
     need_devices,
     on_4_and_8,

@@ -20,6 +20,7 @@ from tests.jax_api.problems import (
     IGNORED,
     LINEAR,
     METRICS,
+    OPTIONS,
     UPSTREAM,
     Arrays,
     Problem,
@@ -47,7 +48,6 @@ need_devices()
 PROBLEM = random_problem()
 BATCHES = random_problem((3, TOKENS))
 STEPS = jnp.asarray([1.5, -2.0, 0.5])
-OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.02, "softcap": 6.0}
 SPLIT = {"x": P("dp"), "weight": P("tp"), "bias": P("tp")}
 
 meshes = pytest.mark.parametrize("shape", ((2, 2), (2, 4), (4, 2)), ids=lambda shape: "x".join(map(str, shape)))

@@ -20,12 +20,14 @@ from tests.jax_api.problems import (
     IGNORED,
     LINEAR,
     METRICS,
+    OPTIONS,
     UPSTREAM,
     Arrays,
     as_numpy,
     assert_close,
     assert_same_bits,
     eager_and_jit,
+    eagerly,
 )
 from tests.jax_api.sharded import (
     TOKENS,
@@ -33,7 +35,6 @@ from tests.jax_api.sharded import (
     assert_gradients,
     checked_and_not,
     differentiate,
-    eagerly,
     make_mesh,
     need_devices,
     on_4_and_8,
@@ -44,7 +45,6 @@ from tests.jax_api.sharded import (
 
 need_devices()
 
-OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.02, "softcap": 6.0}
 SPLIT_X = {"x": P("dp"), "weight": P(), "bias": P()}
 RANDOM = random_problem()
 # The first quarter, so the first two of eight devices, has no valid token; the last has them all.

@@ -23,6 +23,7 @@ from tests.jax_api.problems import (
     as_numpy,
     assert_close,
     assert_same_bits,
+    eagerly,
     x64_by_config,
 )
 from tests.jax_api.sharded import (
@@ -32,7 +33,6 @@ from tests.jax_api.sharded import (
     assert_gradients,
     checked_and_not,
     differentiate,
-    eagerly,
     make_mesh,
     need_devices,
     on_4_and_8,

@@ -26,6 +26,7 @@ from tests.jax_api.problems import (
     assert_same_bits,
     each_operation,
     eager_and_jit,
+    eagerly,
     gradient,
 )
 
@@ -141,7 +142,7 @@ def test_the_value_of_a_transformed_loss(operation: Operation, wrapped: str) -> 
     ("wrapped", "transform"),
     (
         *((name, jax.jit) for name in WRAPPED),
-        *((name, lambda function: function) for name in ("alone", "jit", "checkpoint", "on transposed arrays")),
+        *((name, eagerly) for name in ("alone", "jit", "checkpoint", "on transposed arrays")),
     ),
     ids=(*(f"{name}, jit" for name in WRAPPED), "alone", "jit", "checkpoint", "on transposed arrays"),
 )

@@ -24,6 +24,7 @@ from tests.jax_api.problems import (
     assert_same_bits,
     each_operation,
     eager_and_jit,
+    eagerly,
 )
 
 
@@ -45,7 +46,7 @@ def results_of(operation: Operation, problem: Problem, transform: Callable[..., 
 
 @pytest.mark.parametrize(
     ("reduction", "transform"),
-    (("none", lambda function: function), ("mean", jax.jit)),
+    (("none", eagerly), ("mean", jax.jit)),
     ids=("none, eager", "mean, jit"),
 )
 @each_operation

@@ -22,31 +22,48 @@ Loss = Callable[..., Any]
 
 REDUCTIONS = ("none", "mean", "sum")
 LOSSES = (torch_api.cross_entropy, torch_api.fused_linear_cross_entropy)
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.05, "softcap": 5.0}
+METRICS = {
+    "return_z_loss": True,
+    "return_token_accuracy": True,
+    "return_predicted_tokens": True,
+    "return_counts": True,
+}
+
+every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
+every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 # The oracle's names for what the torch functions call differently.
 LINEAR_NAMES = {"input": "x", "weight": "weight", "bias": "bias", "target": "labels", "ce_weight": "class_weight"}
 LOGITS_NAMES = {"input": "logits", "weight": "class_weight", "target": "labels"}
 
 
-def random_arguments(loss_fn: Loss, device: torch.device, leading: tuple[int, ...] = (7,), seed: int = 0) -> Arguments:
+def random_arguments(
+    loss_fn: Loss, device: torch.device, leading: tuple[int, ...] = (7,), seed: int = 0, vocab: int = VOCAB
+) -> Arguments:
     """Every tensor argument of ``loss_fn``: those that can require grad do; the first and last token are ignored."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    target = torch.randint(0, VOCAB, leading, generator=generator)
+    target = torch.randint(0, vocab, leading, generator=generator)
     target.view(-1)[:1] = IGNORE
     target.view(-1)[-1:] = IGNORE
     arguments = {"target": target.to(device)}
-    class_weight = torch.rand(VOCAB, generator=generator).to(device) + 0.5
+    class_weight = torch.rand(vocab, generator=generator).to(device) + 0.5
     if loss_fn is torch_api.cross_entropy:
-        leaves = {"input": 2.0 * normal(*leading, VOCAB)}
+        leaves = {"input": 2.0 * normal(*leading, vocab)}
         arguments["weight"] = class_weight
     else:
-        leaves = {"input": normal(*leading, HIDDEN), "weight": 0.5 * normal(VOCAB, HIDDEN), "bias": normal(VOCAB)}
+        leaves = {"input": normal(*leading, HIDDEN), "weight": 0.5 * normal(vocab, HIDDEN), "bias": normal(vocab)}
         arguments["ce_weight"] = class_weight
     return arguments | {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+
+
+def leaves_of(arguments: Arguments) -> Arguments:
+    """Those that require grad."""
+    return {name: tensor for name, tensor in arguments.items() if tensor.requires_grad}
 
 
 def fresh_leaves(arguments: Arguments, wanted: tuple[str, ...] | None = None) -> Arguments:
@@ -68,9 +85,9 @@ def upstream_like(loss: Tensor) -> Tensor:
 
 def gradients(loss: Tensor, arguments: Arguments, **options: Any) -> Arguments:
     """Gradients of ``upstream_like(loss) * loss`` by the arguments that require one."""
-    wanted = {name: tensor for name, tensor in arguments.items() if tensor.requires_grad}
-    answers = torch.autograd.grad(loss, list(wanted.values()), upstream_like(loss), **options)
-    return dict(zip(wanted, answers, strict=True))
+    leaves = leaves_of(arguments)
+    answers = torch.autograd.grad(loss, list(leaves.values()), upstream_like(loss), **options)
+    return dict(zip(leaves, answers, strict=True))
 
 
 def expected(loss_fn: Loss, arguments: Arguments, **options: Any) -> oracle.Expected:
@@ -112,6 +129,13 @@ def assert_all_same_bits(actual: Arguments, wanted: Arguments) -> None:
     assert actual.keys() == wanted.keys()
     for name, tensor in actual.items():
         assert_same_bits(tensor, wanted[name])
+
+
+def assert_all_close(actual: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """To float32's rounding: products of other shapes sum in another order on a CPU."""
+    assert actual.keys() == wanted.keys()
+    for name, value in actual.items():
+        torch.testing.assert_close(value, wanted[name], rtol=1e-5, atol=1e-6)
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[core.Plan]:

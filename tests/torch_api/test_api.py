@@ -15,14 +15,15 @@ import torch_api
 from core_kernels import plan
 from core_kernels.engine import choose_engine
 from tests.torch_api.calls import (
-    LOSSES,
-    REDUCTIONS,
+    METRICS,
     Arguments,
     Loss,
     assert_all_same_bits,
     assert_close,
     assert_gradients_close,
     assert_same_bits,
+    every_loss,
+    every_reduction,
     expected,
     gradients,
     random_arguments,
@@ -148,7 +149,6 @@ SIGNATURES: dict[Callable[..., Any], tuple[list[tuple[str, Any]], list[tuple[str
     ),
 }
 
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
 
 
 # ---- signatures
@@ -284,6 +284,27 @@ def test_a_module_without_class_weight_has_no_state(linear: bool) -> None:
     assert getattr(module, class_weight_name(loss_fn)) is None
 
 
+@pytest.mark.parametrize(
+    ("module_class", "options", "message"),
+    [
+        (CrossEntropyLoss, {"softcap": -1.0}, "softcap must be None, or finite and greater than 0, got -1.0"),
+        (CrossEntropyLoss, {"engine": "cuda"}, "engine must be one of 'auto', 'triton' and 'torch', got 'cuda'"),
+        (FusedLinearCrossEntropyLoss, {"label_smoothing": 2}, "label_smoothing must be between 0 and 1, got 2"),
+        (
+            FusedLinearCrossEntropyLoss,
+            {"memory": "huge"},
+            "memory must be 'auto', 'speed', 'lean' or a number of bytes, got 'huge'",
+        ),
+    ],
+)
+def test_bad_options_are_named_when_a_module_is_made(
+    module_class: type[torch.nn.Module], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        module_class(**options)
+    assert str(raised.value) == message
+
+
 # ---- results
 
 
@@ -311,13 +332,13 @@ def test_one_flag_fills_one_field(device: torch.device, loss_fn: Loss, flag: str
 
 
 @every_loss
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (2, 1, 3)])
 def test_shapes_dtypes_and_values_of_every_result(
     device: torch.device, loss_fn: Loss, reduction: str, leading: tuple[int, ...]
 ) -> None:
     arguments = random_arguments(loss_fn, device, leading)
-    output = loss_fn(**arguments, reduction=reduction, lse_square_scale=0.05, **dict.fromkeys(FLAGS, True))
+    output = loss_fn(**arguments, reduction=reduction, lse_square_scale=0.05, **METRICS)
     wanted = expected(loss_fn, arguments, reduction=reduction, lse_square_scale=0.05)
     for name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct"):
         result = getattr(output, name)

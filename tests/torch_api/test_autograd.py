@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from tests.core_kernels.problems import HIDDEN, IGNORE, VOCAB
 from tests.torch_api.calls import (
-    LOSSES,
-    REDUCTIONS,
+    METRICS,
     Arguments,
     Loss,
     assert_all_same_bits,
     assert_close,
     assert_gradients_close,
     assert_same_bits,
+    every_loss,
+    every_reduction,
     expected,
     fresh_leaves,
     gradients,
@@ -30,13 +31,9 @@ from tests.torch_api.calls import (
 )
 from torch_api import cross_entropy, fused_linear_cross_entropy
 
-METRICS = {"return_z_loss": True, "return_token_accuracy": True, "return_predicted_tokens": True}
 LINEAR_LEAVES = ("input", "weight", "bias")
 SUBSETS = [subset for size in (1, 2, 3) for subset in combinations(LINEAR_LEAVES, size)]
 TOKEN_SHAPES = [(0,), (2, 0)]
-
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 # ---- which gradients
@@ -108,7 +105,9 @@ def test_when_nothing_requires_grad_there_is_no_graph(device: torch.device, loss
 def test_metrics_are_detached(device: torch.device, loss_fn: Loss) -> None:
     output = loss_fn(**random_arguments(loss_fn, device), **METRICS, lse_square_scale=0.1)
     assert output.loss.requires_grad
-    for metric in (output.z_loss, output.token_accuracy, output.predicted_tokens):
+    metrics = {name: value for name, value in vars(output).items() if name != "loss"}
+    assert None not in metrics.values()
+    for metric in metrics.values():
         assert not metric.requires_grad
         assert metric.grad_fn is None
 
@@ -270,7 +269,7 @@ def test_an_empty_batch_is_zero_and_connected(
 
 
 def assert_nothing_learned(output: Any, arguments: Arguments, leading: tuple[int, ...], reduction: str) -> None:
-    for value in (output.loss, output.z_loss, output.token_accuracy):
+    for value in (output.loss, output.z_loss, output.token_accuracy, output.num_valid, output.num_correct):
         assert value.shape == (leading if reduction == "none" else ())
         assert_same_bits(value, torch.zeros_like(value))
     assert_same_bits(output.predicted_tokens, torch.full_like(arguments["target"], -1))

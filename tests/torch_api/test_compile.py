@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,30 +15,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tests.core_kernels.problems import HIDDEN, IGNORE, VOCAB
 from tests.support import interpreting, on_gpu
 from tests.torch_api.calls import (
-    LOSSES,
+    METRICS,
+    OPTIONS,
     REDUCTIONS,
     Arguments,
     Loss,
     assert_all_same_bits,
     assert_same_bits,
+    every_loss,
+    every_reduction,
     fresh_leaves,
     gradients,
+    leaves_of,
     random_arguments,
     record_launches,
     upstream_like,
 )
-from torch_api import FusedLinearCrossEntropyLoss, cross_entropy, fused_linear_cross_entropy
+from torch_api import CrossEntropyOutput, FusedLinearCrossEntropyLoss, cross_entropy, fused_linear_cross_entropy
 from torch_api.operator import gradient_step, step_of_kind
-
-OPTIONS = {"label_smoothing": 0.1, "lse_square_scale": 0.05, "softcap": 5.0}
-METRICS = {
-    "return_z_loss": True,
-    "return_token_accuracy": True,
-    "return_predicted_tokens": True,
-    "return_counts": True,
-}
-
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +59,7 @@ def result_and_gradients(function: Callable[..., Any], arguments: Arguments) -> 
 
 
 @pytest.mark.parametrize("options", ({}, OPTIONS, OPTIONS | METRICS), ids=("plain", "options", "metrics"))
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @every_loss
 def test_compiled_equals_eager(
     device: torch.device, loss_fn: Loss, reduction: str, options: dict[str, Any]
@@ -99,6 +94,75 @@ def test_one_graph_serves_every_length(device: torch.device, loss_fn: Loss) -> N
         arguments = random_arguments(loss_fn, device, (tokens,), seed=tokens)
         assert_all_same_bits(result_and_gradients(run, arguments), result_and_gradients(call, arguments))
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    (
+        ("ignore_index", (IGNORE, 3, 5)),
+        ("label_smoothing", (0.0, 0.1, 0.2)),
+        ("lse_square_scale", (1e-2, 2e-2, 3e-2)),
+        ("softcap", (5.0, 6.0, 7.0)),
+        ("logit_scale", (1.0, 0.5, 0.25)),
+        ("reduction", REDUCTIONS),
+        ("memory", ("auto", 10**6, 2 * 10**6)),
+    ),
+)
+def test_an_option_may_change(device: torch.device, name: str, values: tuple[Any, ...]) -> None:
+    """The compiler makes a variable of a number that it sees change; to the loss it stays a constant."""
+
+    def call(arguments: Arguments, value: Any) -> Tensor:
+        return fused_linear_cross_entropy(**arguments, **{name: value})
+
+    run, _ = compiled(call)
+    arguments = random_arguments(fused_linear_cross_entropy, device)
+    arguments["target"].clamp_(min=0)
+    for value in values:
+        losses = [function(arguments, value) for function in (run, call)]
+        assert_same_bits(*losses)
+        assert_all_same_bits(*(gradients(loss, arguments) for loss in losses))
+
+
+def test_an_option_of_a_module_may_change(device: torch.device) -> None:
+    loss_fn = FusedLinearCrossEntropyLoss()
+    arguments = random_arguments(fused_linear_cross_entropy, device)
+    run, _ = compiled(lambda: loss_fn(arguments["weight"], arguments["input"], arguments["target"]))
+    for loss_fn.label_smoothing in (0.0, 0.1, 0.2):
+        assert_same_bits(run(), loss_fn(arguments["weight"], arguments["input"], arguments["target"]))
+
+
+def test_other_counts_of_items_are_one_graph(device: torch.device) -> None:
+    run, counter = compiled(lambda arguments, items: fused_linear_cross_entropy(**arguments, num_items_in_batch=items))
+    arguments = random_arguments(fused_linear_cross_entropy, device)
+    for items in (3, 5, 9, 12):
+        wanted = fused_linear_cross_entropy(**arguments, num_items_in_batch=items)
+        torch.testing.assert_close(run(arguments, items), wanted)
+    assert counter.frame_count == 2
+
+
+@every_loss
+def test_every_size_may_be_dynamic(device: torch.device, loss_fn: Loss) -> None:
+    """Those of the weight are constants of a graph all the same: other ones make another graph."""
+
+    def call(arguments: Arguments) -> Any:
+        return loss_fn(**arguments, **OPTIONS, **METRICS)
+
+    run = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens, vocab in ((5, VOCAB), (1, VOCAB), (0, VOCAB), (8, VOCAB + 1), (8, VOCAB + 2)):
+        arguments = random_arguments(loss_fn, device, (tokens,), vocab=vocab)
+        assert_all_same_bits(result_and_gradients(run, arguments), result_and_gradients(call, arguments))
+
+
+@every_loss
+def test_gradients_by_torch_func_are_compiled(device: torch.device, loss_fn: Loss) -> None:
+    arguments = random_arguments(loss_fn, device)
+    leaves = {name: tensor.detach() for name, tensor in leaves_of(arguments).items()}
+    rest = {name: tensor for name, tensor in arguments.items() if name not in leaves}
+    by_leaves = torch.func.grad_and_value(lambda leaves: 0.7 * loss_fn(**leaves, **rest, **OPTIONS))
+    run, _ = compiled(by_leaves)
+    (ours, loss), (wanted, wanted_loss) = run(leaves), by_leaves(leaves)
+    assert_same_bits(loss, wanted_loss)
+    assert_all_same_bits(ours, wanted)
 
 
 def test_equal_calls_are_compiled_once(device: torch.device) -> None:
@@ -184,7 +248,7 @@ def test_a_bad_label_raises_from_a_compiled_call(device: torch.device) -> None:
 @every_loss
 def test_make_fx_traces_a_step(device: torch.device, loss_fn: Loss, mode: str) -> None:
     arguments = random_arguments(loss_fn, device)
-    names = [name for name, tensor in arguments.items() if tensor.requires_grad]
+    names = list(leaves_of(arguments))
     upstream = upstream_like(arguments["target"].float())
 
     def step(upstream: Tensor, *tensors: Tensor) -> Any:
@@ -211,6 +275,12 @@ def test_a_model_is_exported_with_its_loss(device: torch.device) -> None:
     ours, wanted = program.module()(longer, longer + 1), model(longer, longer + 1)
     assert_same_bits(ours.loss, wanted.loss)
     assert_same_bits(ours.predicted_tokens, wanted.predicted_tokens)
+
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    loaded = torch.export.load(file).module()(longer, longer + 1)
+    assert type(loaded) is CrossEntropyOutput
+    assert_same_bits(loaded.loss, ours.loss)
 
 
 # ---- the operator

@@ -10,23 +10,25 @@ from torch import Tensor
 
 from tests.core_kernels.problems import HIDDEN, VOCAB
 from tests.support import on_gpu
-from tests.torch_api.calls import LOSSES, Arguments, Loss, assert_all_same_bits, random_arguments, record_launches
+from tests.torch_api.calls import (
+    METRICS,
+    OPTIONS,
+    Arguments,
+    Loss,
+    assert_all_same_bits,
+    every_loss,
+    leaves_of,
+    random_arguments,
+    record_launches,
+)
 from torch_api import fused_linear_cross_entropy
 
 pytestmark = pytest.mark.skipif(not on_gpu(), reason="graphs are a GPU's")
 
-OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.05}
-METRICS = {
-    "return_z_loss": True,
-    "return_token_accuracy": True,
-    "return_predicted_tokens": True,
-    "return_counts": True,
-}
-
 
 def step(loss_fn: Loss, arguments: Arguments) -> Arguments:
     output = loss_fn(**arguments, **OPTIONS, **METRICS)
-    leaves = {name: tensor for name, tensor in arguments.items() if tensor.requires_grad}
+    leaves = leaves_of(arguments)
     answers = torch.autograd.grad(0.7 * output.loss, list(leaves.values()))
     return vars(output) | {f"grad_{name}": gradient for name, gradient in zip(leaves, answers, strict=True)}
 
@@ -37,7 +39,7 @@ def fill(arguments: Arguments, others: Arguments) -> None:
             tensor.copy_(others[name])
 
 
-@pytest.mark.parametrize("loss_fn", LOSSES)
+@every_loss
 def test_a_recorded_step_is_replayed_on_new_data(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, loss_fn: Loss
 ) -> None:
@@ -82,7 +84,7 @@ def test_items_of_a_batch_are_recorded(device: torch.device, num_items: Any) -> 
         torch.testing.assert_close(loss, fused_linear_cross_entropy(**arguments, reduction="sum") / 10)
 
 
-@pytest.mark.parametrize("loss_fn", LOSSES)
+@every_loss
 def test_reduce_overhead_replays_on_new_data(device: torch.device, loss_fn: Loss) -> None:
     torch._dynamo.reset()
 
@@ -94,7 +96,7 @@ def test_reduce_overhead_replays_on_new_data(device: torch.device, loss_fn: Loss
         arguments = random_arguments(loss_fn, device, seed=seed)
         torch.compiler.cudagraph_mark_step_begin()
         output = run(arguments)
-        leaves = {name: tensor for name, tensor in arguments.items() if tensor.requires_grad}
+        leaves = leaves_of(arguments)
         answers = torch.autograd.grad(0.7 * output.loss, list(leaves.values()))
         got = {name: tensor.detach().clone() for name, tensor in vars(output).items()}
         got |= {f"grad_{name}": gradient.clone() for name, gradient in zip(leaves, answers, strict=True)}

@@ -10,12 +10,12 @@ import torch
 from tests.core_kernels.problems import IGNORE, VOCAB
 from tests.support import on_gpu
 from tests.torch_api.calls import (
-    LOSSES,
-    REDUCTIONS,
     Loss,
     assert_close,
     assert_gradients_close,
     assert_same_bits,
+    every_loss,
+    every_reduction,
     expected,
     gradients,
     random_arguments,
@@ -23,7 +23,6 @@ from tests.torch_api.calls import (
 )
 from torch_api import cross_entropy, fused_linear_cross_entropy
 
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
 gpu_only = pytest.mark.skipif(not on_gpu(), reason="on a CPU a bad label raises at once")
 cpu_only = pytest.mark.skipif(on_gpu(), reason="on a GPU a bad label must not make the host wait")
 
@@ -115,6 +114,12 @@ SHARED_TENSORS: list[Case] = [
     ({"target": torch.zeros(3).bool()}, TypeError, "target must be int32 or int64 class indices, got bool"),
     ({"target": torch.zeros(3).to(torch.uint8)}, TypeError, "target must be int32 or int64 class indices, got uint8"),
     ({"target": torch.zeros(3).short()}, TypeError, "target must be int32 or int64 class indices, got int16"),
+    ({"target": LINEAR["target"].to_sparse()}, ValueError, "target must be a dense tensor, got a sparse one"),
+    (
+        {"input": torch.nested.nested_tensor([torch.ones(3, 4)], layout=torch.jagged)},
+        ValueError,
+        "input must be a dense tensor, got a nested one",
+    ),
     (
         {"target": LINEAR["target"].to(META)},
         ValueError,
@@ -315,7 +320,7 @@ def bad_label_message(where: str, label: int) -> str:
 
 @every_loss
 @gpu_only
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@every_reduction
 @pytest.mark.parametrize("label", BAD_LABELS)
 def test_a_bad_label_gives_nan_and_no_gradient_on_a_gpu(
     device: torch.device, loss_fn: Loss, reduction: str, label: int

@@ -11,42 +11,29 @@ from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 
 from tests.core_kernels.problems import HIDDEN
 from tests.torch_api.calls import (
-    LOSSES,
-    REDUCTIONS,
+    METRICS,
+    OPTIONS,
     Arguments,
     Loss,
+    assert_all_close,
     assert_all_same_bits,
     assert_same_bits,
+    every_loss,
+    every_reduction,
     gradients,
+    leaves_of,
     random_arguments,
     record_launches,
     upstream_like,
 )
 from torch_api import fused_linear_cross_entropy
 
-OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.05, "softcap": 5.0}
-METRICS = {
-    "return_z_loss": True,
-    "return_token_accuracy": True,
-    "return_predicted_tokens": True,
-    "return_counts": True,
-}
 BATCH = 3
-
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
-every_reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
 def leaves_and_rest(arguments: Arguments) -> tuple[Arguments, Arguments]:
-    leaves = {name: tensor.detach() for name, tensor in arguments.items() if tensor.requires_grad}
+    leaves = {name: tensor.detach() for name, tensor in leaves_of(arguments).items()}
     return leaves, {name: tensor for name, tensor in arguments.items() if name not in leaves}
-
-
-def assert_all_close(actual: Arguments, wanted: Arguments) -> None:
-    """To float32's rounding: products of other shapes sum in another order on a CPU."""
-    assert actual.keys() == wanted.keys()
-    for name, tensor in actual.items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-5, atol=1e-6)
 
 
 @every_loss

@@ -12,10 +12,10 @@ from core_kernels.plan import MIB
 from tests.core_kernels.problems import HIDDEN, VOCAB
 from tests.support import on_gpu, waiting_raises
 from tests.torch_api.calls import (
-    LOSSES,
     Arguments,
     Loss,
     assert_all_same_bits,
+    every_loss,
     gradients,
     random_arguments,
     record_launches,
@@ -142,7 +142,7 @@ def test_logits_are_never_whole_in_memory(device: torch.device, monkeypatch: pyt
 
 
 @gpu_only
-@pytest.mark.parametrize("loss_fn", LOSSES)
+@every_loss
 def test_a_step_never_waits_for_the_gpu(device: torch.device, loss_fn: Loss) -> None:
     arguments = random_arguments(loss_fn, device)
     options = {"label_smoothing": 0.1, "return_token_accuracy": True, "return_predicted_tokens": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.core_kernels.problems import HIDDEN, IGNORE
 from tests.support import interpreting
+from tests.torch_api.calls import METRICS, assert_all_close, random_arguments
 from tests.torch_api.process import Check, on_every_rank
 from torch_api import FusedLinearCrossEntropyLoss, cross_entropy, fused_linear_cross_entropy, parallel
 
 VOCAB = 72  # divides by 2 and 4
-METRICS = {
-    "return_z_loss": True,
-    "return_token_accuracy": True,
-    "return_predicted_tokens": True,
-    "return_counts": True,
-}
 ALL: dict[str, Any] = {"label_smoothing": 0.1, "lse_square_scale": 0.05, "softcap": 6.0, "logit_scale": 0.8}
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -57,15 +53,9 @@ def problem(
     vocab: int = VOCAB, dtype: torch.dtype = torch.float32, leading: tuple[int, ...] = (3, 5)
 ) -> dict[str, Tensor]:
     """The same on every rank; the first and the last token are ignored."""
-    generator = torch.Generator().manual_seed(vocab)
-    target = torch.randint(0, vocab, leading, generator=generator)
-    target.view(-1)[[0, -1]] = IGNORE
-    tensors = {
-        "input": torch.randn(*leading, HIDDEN, generator=generator),
-        "weight": 0.6 * torch.randn(vocab, HIDDEN, generator=generator),
-        "bias": 0.5 * torch.randn(vocab, generator=generator),
-    }
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()} | {"target": target}
+    arguments = random_arguments(fused_linear_cross_entropy, torch.device("cpu"), leading, vocab, vocab)
+    del arguments["ce_weight"]
+    return {name: t.detach().to(dtype if t.is_floating_point() else t.dtype) for name, t in arguments.items()}
 
 
 def options_of(options: dict[str, Any], vocab: int) -> dict[str, Any]:
@@ -236,9 +226,11 @@ def a_module_has_a_group() -> None:
     tensors = problem()
     own = sharded(tensors)
     module = FusedLinearCrossEntropyLoss(process_group=dist.group.WORLD, **METRICS)
-    output = module(own["weight"], own["input"], own["target"], own["bias"])
-    assert_as_whole(vars(output), vars(FusedLinearCrossEntropyLoss(**METRICS)(
-        tensors["weight"], tensors["input"], tensors["target"], tensors["bias"])))  # fmt: skip
+    for one in (module, copy.deepcopy(module)):
+        assert one.process_group is dist.group.WORLD
+        output = one(own["weight"], own["input"], own["target"], own["bias"])
+        assert_as_whole(vars(output), vars(FusedLinearCrossEntropyLoss(**METRICS)(
+            tensors["weight"], tensors["input"], tensors["target"], tensors["bias"])))  # fmt: skip
 
 
 @check
@@ -274,18 +266,21 @@ def vocab_and_tokens_over_a_mesh() -> None:
 
 
 @check
+def a_shard_is_a_matrix() -> None:
+    tensors = problem()
+    for bad in (torch.tensor(1.0), tensors["bias"]):
+        with pytest.raises(ValueError, match=r"^weight must have shape \(V, H\), got \("):
+            run(tensors | {"weight": bad}, process_group=dist.group.WORLD)
+
+
+@check
 def a_group_is_a_group() -> None:
     first = dist.new_group([0])
     if dist.get_rank() > 0:
         with pytest.raises(ValueError, match="process_group must have this rank in it"):
             run(problem(), process_group=first)
     else:
-        assert_same(run(problem(), process_group=first, return_counts=True), run(problem(), return_counts=True))
-
-
-def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
-    for name, value in got.items():
-        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+        assert_all_close(run(problem(), process_group=first, return_counts=True), run(problem(), return_counts=True))
 
 
 # ---- DTensors
@@ -314,13 +309,23 @@ def replicated_dtensors_are_whole() -> None:
     got = run(replicated, **METRICS)
     assert all(isinstance(got[f"grad_{name}"], DTensor) for name in ("input", "weight", "bias"))
     got = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in got.items()}
-    assert_same(got, run(tensors, **METRICS))
+    assert_all_close(got, run(tensors, **METRICS))
 
     own = replicated | {name: distribute_tensor(tensors[name], mesh, [Shard(0)]) for name in ("weight", "bias")}
     got = run(own, **METRICS)
     assert got["grad_input"].placements == (Replicate(),)
     got = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in got.items()}
-    assert_same(got, run(tensors, **METRICS))
+    assert_all_close(got, run(tensors, **METRICS))
+
+
+@check
+def items_may_be_a_dtensor() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    tensors = problem()
+    own = tensors | {name: distribute_tensor(tensors[name], mesh, [Shard(0)]) for name in ("weight", "bias")}
+    items = (distribute_tensor(tensors["target"].view(-1), mesh, [Shard(0)]) != IGNORE).sum()
+    got = run(own, ("input",), num_items_in_batch=items, **METRICS)
+    assert_all_close(got, run(tensors, ("input",), **METRICS))
 
 
 @check
@@ -389,4 +394,4 @@ def ddp_and_fsdp2_average_what_unequal_ranks_add_up() -> None:
     mesh = init_device_mesh("cpu", (world,))
     for wrap in (DistributedDataParallel, lambda model: fully_shard(model, mesh=mesh)):
         got = trained(wrap(Model()), float(world), x, target, items)  # both average over ranks
-        assert_same(got, whole)
+        assert_all_close(got, whole)

@@ -13,23 +13,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.core_kernels.problems import HIDDEN, IGNORE, VOCAB
+from tests.support import on_gpu
 from tests.torch_api.calls import (
-    LOSSES,
-    Arguments,
+    METRICS,
     Loss,
     assert_all_same_bits,
     assert_same_bits,
+    every_loss,
     fresh_leaves,
     gradients,
     random_arguments,
     record_launches,
 )
 from torch_api import FusedLinearCrossEntropyLoss, cross_entropy, fused_linear_cross_entropy
-
-METRICS = {"return_token_accuracy": True, "return_predicted_tokens": True, "return_counts": True}
-
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES)
-
 
 # ---- mixed precision
 
@@ -59,6 +55,14 @@ def test_under_autocast_gradients_have_the_parameters_dtype(device: torch.device
     for mine, theirs, truth in zip(ours, framework, wanted, strict=True):
         allowed = 2 * (theirs - truth).norm() + torch.finfo(dtype).eps * truth.norm()
         assert (mine - truth).norm() <= allowed
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.int64))
+def test_autocast_casts_nothing_that_it_would_not_for_a_linear_layer(device: torch.device, dtype: torch.dtype) -> None:
+    arguments = random_arguments(fused_linear_cross_entropy, device)
+    arguments["input"] = arguments["input"].detach().to(dtype)
+    with torch.autocast(device.type, torch.bfloat16), pytest.raises(TypeError, match=r"^input must be float32"):
+        fused_linear_cross_entropy(**arguments)
 
 
 class Scaled:
@@ -208,6 +212,22 @@ def test_a_batch_without_items_has_loss_0(device: torch.device, items: int | Ten
     assert not gradients(loss, arguments)["input"].any()
 
 
+def test_items_may_be_a_fraction(device: torch.device) -> None:
+    """As a sum of class weights may be."""
+    arguments = random_arguments(cross_entropy, device)
+    loss = cross_entropy(**arguments, num_items_in_batch=torch.tensor(0.25))
+    assert_same_bits(loss, 4 * cross_entropy(**arguments, reduction="sum"))
+
+
+@pytest.mark.skipif(not on_gpu(), reason="needs two devices")
+@pytest.mark.parametrize(("items_on", "loss_on"), (("cpu", "cuda"), ("cuda", "cpu")))
+def test_items_may_be_on_another_device(items_on: str, loss_on: str) -> None:
+    arguments = random_arguments(cross_entropy, torch.device(loss_on))
+    loss = cross_entropy(**arguments, num_items_in_batch=torch.tensor([4], device=items_on))
+    assert loss.device.type == loss_on
+    assert_same_bits(loss, 0.25 * cross_entropy(**arguments, reduction="sum"))
+
+
 def test_a_module_takes_the_items_of_the_batch(device: torch.device) -> None:
     arguments = random_arguments(fused_linear_cross_entropy, device)
     x, weight, target = (arguments[name].detach() for name in ("input", "weight", "target"))
@@ -244,13 +264,4 @@ def test_a_backward_pass_frees_what_was_saved(device: torch.device, loss_fn: Los
     gc.collect()
     assert alive() is None
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        loss.backward()
-
-
-def test_what_was_saved_may_not_be_changed_in_between(device: torch.device) -> None:
-    arguments: Arguments = random_arguments(fused_linear_cross_entropy, device)
-    loss = fused_linear_cross_entropy(**arguments)
-    with torch.no_grad():
-        arguments["weight"].mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

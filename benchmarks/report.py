@@ -1,0 +1,218 @@
+"""Turns a results file into the README's section on performance, the tables of benchmarks/README.md, and plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+from plots import draw
+from targets import HEADS, LOGITS, SMALL, TARGETS, Target
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
+BASES = {"training": "floor", "half ignored": "floor", "evaluation": "one projection"}
+BETTER = {"ratio": ("is faster", 2), "extra_mib": ("takes fewer MiB", 0)}  # with the digits that count
+CALLS = ("waited_us", "host_us", "pipelined_us")
+NAMES = {
+    "python": "Python", "torch": "torch", "triton": "Triton", "jax": "JAX", "optax": "optax",
+    "liger-kernel": "Liger-Kernel", "cut-cross-entropy": "cut-cross-entropy", "quack-kernels": "QuACK",
+    "tokamax": "tokamax",
+}  # fmt: skip
+
+
+def summary(results: dict) -> str:
+    """The README's: training steps at the heads of real models, the aims, and where a peer is ahead."""
+    shapes = results["shapes"]
+    heads = [name for name in shapes if name not in SMALL]
+    versions = ", ".join(f"{NAMES[name]} {version}" for name, version in results["versions"].items())
+    parts = [
+        prose(
+            f"One {results['device']}, bf16, {versions}; commit {results['commit'][:7]}. The time of a training step"
+            " over the **floor**: the three matrix products that any exact step needs, over full shapes, by the"
+            " vendor's library. In brackets the peak MiB beyond inputs and gradients. *metrics* is with predictions and"
+            " accuracy."
+        ),
+        steps_table(shapes, heads, "training"),
+        "![Time over floor against extra memory, per shape](docs/benchmark_memory.png)",
+        prose(
+            "What this project aims at, beside what was measured; in bold what misses its aim. *Evaluation* is without"
+            " gradients, over one product."
+        ),
+        targets_table(TARGETS, shapes, [name for name in HEADS if name in shapes]),
+        targets_table(TARGETS, shapes, [name for name in SMALL if name in shapes]),
+        targets_table(LOGITS, results, ["logits"]) if "logits" in results else "",
+        "Where a peer is ahead of the best of ours:",
+        "\n".join(f"- {line}" for line in ahead(shapes)) or "- Nowhere, of what was measured.",
+        "![Time over floor and extra memory against tokens and vocab](docs/benchmark_scaling.png)",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def details(results: dict) -> str:
+    """What the summary leaves out: the other steps, errors, calls and given logits."""
+    shapes = results["shapes"]
+    heads = [name for name in shapes if name not in SMALL]
+    called = [name for name in shapes if any("waited_us" in row for row in shapes[name]["training"].values())]
+    parts = [
+        "Half of the tokens ignored: time over the floor of all tokens (extra MiB).",
+        steps_table(shapes, heads, "half ignored"),
+        "Evaluation: time over one projection (extra MiB).",
+        steps_table(shapes, heads, "evaluation"),
+        "Relative errors of `dX` / `dW` against float32, in thousandths: random data, and peaked data.",
+        errors_table(shapes, heads),
+    ]
+    if called:
+        parts += [
+            prose(
+                "Small problems, in microseconds: a training step that is waited for / the time until its call returns,"
+                " where none is waited for / the time of each of those."
+            ),
+            calls_table(shapes, called),
+        ]
+    if "logits" in results:
+        parts += [
+            prose(
+                f"Cross entropy of given logits, {by(results['logits']['size'])}: share of the bandwidth of a plain"
+                " copy, where the forward pass reads the logits, and the backward pass reads them and writes their"
+                " gradient. Liger-Kernel does both in its forward pass."
+            ),
+            logits_table(results["logits"]["rows"]),
+        ]
+    return "\n\n".join(parts)
+
+
+def prose(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body] if body else []
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by(size: list[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def cell(row: dict | None) -> str:
+    if row is None:
+        return ""
+    if "failed" in row:
+        return "failed"
+    time = f"{row['ratio']:.2f}" if "ratio" in row else "-"
+    return f"{time} ({row['extra_mib']:.0f})" if "extra_mib" in row else time
+
+
+def labels_of(shapes: dict, names: list[str], table: str) -> list[str]:
+    """Of the contenders, in their order."""
+    labels = dict.fromkeys(label for name in names for label in shapes[name][table])
+    return [label for label in labels if label != BASES[table]]
+
+
+def steps_table(shapes: dict, names: list[str], table: str) -> str:
+    base = BASES[table]
+    times = [shapes[name][table][base].get("ms") for name in names]
+    body = [[f"{base}, ms", *("-" if ms is None else f"{ms:.2f}" for ms in times)]]
+    for label in labels_of(shapes, names, table):
+        body.append([label, *(cell(shapes[name][table].get(label)) for name in names)])
+    return markdown(["", *(f"{name} {by(shapes[name]['size'])}" for name in names)], body)
+
+
+def errors_table(shapes: dict, names: list[str]) -> str:
+    def of(row: dict) -> str:
+        return ", ".join(
+            " / ".join(f"{1e3 * row[data][name]:.2f}" for name in ("dx_error", "dw_error"))
+            for data in ("random", "peaked")
+            if data in row
+        )
+
+    body = []
+    for label in labels_of(shapes, names, "training"):
+        body.append([label, *(of(shapes[name]["training"].get(label, {})) or "-" for name in names)])
+    return markdown(["", *names], body)
+
+
+def targets_table(targets: tuple[Target, ...], shapes: dict, names: list[str]) -> str:
+    body = []
+    for target in targets:
+        if any(name in target.bounds for name in names):
+            body.append([target.name, *(aim(target, shapes, name) for name in names)])
+    return markdown(["", *names], body)
+
+
+def aim(target: Target, shapes: dict, name: str) -> str:
+    value, sign = target.value(shapes[name]), "≥" if target.lower else "≤"
+    bound = f"{sign} {target.bounds[name]:g}"
+    if value is None:
+        return f"- ({bound})"
+    shown = f"{value:.{target.digits}f}"
+    return f"{shown} ({bound})" if target.met(name, value) else f"**{shown}** ({bound})"
+
+
+def calls_table(shapes: dict, names: list[str]) -> str:
+    def calls(row: dict) -> str:
+        return " / ".join(f"{row[key]:.0f}" for key in CALLS) if CALLS[0] in row else "failed"
+
+    body = []
+    for label in labels_of(shapes, names, "training"):
+        body.append([label, *(calls(shapes[name]["training"].get(label, {})) for name in names)])
+    return markdown(["", *(f"{name} {by(shapes[name]['size'])}" for name in names)], body)
+
+
+def logits_table(rows: dict[str, dict]) -> str:
+    passes = ("forward", "backward", "step")
+    body = [
+        [label, *(f"{row[f'{name}_share']:.2f}" if f"{name}_share" in row else "-" for name in passes)]
+        for label, row in rows.items()
+        if label != "copy" and "failed" not in row
+    ]
+    return markdown(["", "forward", "backward", "both"], body)
+
+
+def ahead(shapes: dict) -> list[str]:
+    """A line per peer and table in which it is faster than our fastest, or takes less memory than our leanest."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for name, sections in shapes.items():
+        for table in BASES:
+            for key, (verb, digits) in BETTER.items():
+                rows = {label: row for label, row in sections[table].items() if key in row and "failed" not in row}
+                ours = [row[key] for label, row in rows.items() if label.startswith("twinhead")]
+                if not ours or (key == "extra_mib" and name in SMALL):
+                    continue
+                best = f"{min(ours):.{digits}f}"
+                for label in labels_of(shapes, [name], table):
+                    if label in rows and float(shown := f"{rows[label][key]:.{digits}f}") < float(best):
+                        place = f"{shown} against {best} at {name}" + price(rows[label], key)
+                        found.setdefault((table, verb, label), []).append(place)
+    return [f"{table}: {label} {verb}, {'; '.join(places)}." for (table, verb, label), places in found.items()]
+
+
+def price(row: dict, key: str) -> str:
+    """The time that memory is saved at."""
+    return f" (at {row['ratio']:.2f} in time)" if key == "extra_mib" and "ratio" in row else ""
+
+
+def rewrite(page: Path, text: str) -> None:
+    """Puts the text between the page's markers."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise SystemExit(f"{page} lacks the markers {BEGIN} and {END}")
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "h200.json")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder whose pages and plots are written")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.results.read_text())
+    rewrite(arguments.root / "README.md", summary(results))
+    rewrite(arguments.root / "benchmarks" / "README.md", details(results))
+    draw(results, arguments.root / "docs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What several kernels take alike: flags from options, blocks from tiles, a weight's descriptor, a token's results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from core_kernels.plan import Plan
+from core_kernels.tiles import Tile
+
+Tensors = Mapping[str, Tensor]
+
+
+def class_weights(t: Tensors) -> tuple[Tensor | None, Tensor | None]:
+    return t.get("class_weight"), t.get("class_weight_sum")
+
+
+def token_results(plan: Plan, t: Tensors) -> tuple[Tensor | None, ...]:
+    """Where a token's results go: straight to the outputs, or to the workspace to be reduced from there."""
+    if plan.options.per_token:
+        results = t["loss"], t.get("z_loss"), t.get("token_accuracy")
+    else:
+        results = t["token_loss"], t["token_z_loss"], t.get("token_correct")
+    counts = t.get("num_valid"), t.get("num_correct")
+    return *results, *counts, t.get("predicted_tokens"), t["lse_base"], t["log_sum"], t.get("token_scale")
+
+
+def group_tokens(plan: Plan) -> int:
+    """How many tokens share an upstream gradient."""
+    return 1 if plan.options.per_token else plan.problem.group_tokens
+
+
+def logit_options(plan: Plan) -> dict[str, Any]:
+    return {
+        "logit_scale": plan.options.logit_scale,
+        "softcap": plan.options.softcap or 1.0,
+        "HAS_SCALE": plan.options.logit_scale != 1.0,
+        "HAS_SOFTCAP": plan.options.softcap is not None,
+    }
+
+
+def loss_options(plan: Plan) -> dict[str, Any]:
+    return {
+        "smoothing": plan.options.label_smoothing,
+        "lse_square_scale": plan.options.lse_square_scale,
+        "TOKEN_SCALING": plan.options.use_token_scaling,
+        "CLASS_WEIGHT": plan.problem.has_class_weight,
+        "SMOOTHING": plan.options.label_smoothing > 0,
+    }
+
+
+def metric_flags(plan: Plan) -> dict[str, Any]:
+    return {
+        "PER_TOKEN": plan.options.per_token,
+        "Z_OUTPUT": plan.options.return_z_loss,
+        "ACCURACY": plan.options.return_token_accuracy,
+        "COUNTS": plan.options.return_counts,
+        "PREDICTED": plan.options.return_predicted_tokens,
+    }
+
+
+def gradient_flags(plan: Plan) -> dict[str, Any]:
+    return {"MEAN": plan.options.reduction == "mean", "Z_LOSS": plan.options.lse_square_scale > 0}
+
+
+def blocks(tile: Tile) -> dict[str, Any]:
+    return {
+        "M": tile.m,
+        "N": tile.n,
+        "K": tile.k,
+        "GROUP": tile.group,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def projection(plan: Plan, tile: Tile, layout: str) -> dict[str, Any]:
+    assert plan.problem.hidden is not None
+    even = plan.problem.hidden % tile.k == 0
+    return {"BIAS": plan.problem.has_bias, "LAYOUT": layout, "EVEN_K": even, **blocks(tile)}
+
+
+def described_weight(weight: Tensor, columns: int, hidden: int) -> tuple[Any, str]:
+    """The weight as kernels read it in blocks of so many columns by hidden units, and its layout.
+
+    A descriptor wants a row-major matrix whose rows start at multiples of 16 bytes.
+    """
+    for layout, matrix, block in (("vh", weight, [columns, hidden]), ("hv", weight.T, [hidden, columns])):
+        row, step = matrix.stride()
+        if step == 1 and row * weight.itemsize % 16 == 0 and row > 0 and matrix.data_ptr() % 16 == 0:
+            return TensorDescriptor.from_tensor(matrix, block), layout
+    return weight, "strided"

@@ -1,0 +1,322 @@
+"""Launches of the fused loss's forward pass: statistics of the projected logits, and what becomes of them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from core_kernels.arguments import (
+    Tensors,
+    class_weights,
+    described_weight,
+    logit_options,
+    loss_options,
+    metric_flags,
+    projection,
+    token_results,
+)
+from core_kernels.kernels import finish, rows, statistics, tokens
+from core_kernels.kernels import projection as project
+from core_kernels.plan import Plan
+from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
+
+TOKEN_BLOCK, PARTS_BLOCK = 16, 64  # tokens that one program finishes, and parts that it reads at a time
+REDUCE_BLOCK = 1024
+LABEL_BLOCK = 64
+HIDDEN_BLOCK = 1024
+
+
+def linear_loss(plan: Plan, t: Tensors) -> None:
+    keep = plan.step.keep
+    prepare_tokens(plan, t)
+    if keep:
+        gather_rows(plan, t, t["packed_x"], 0, None)
+    project_tokens(plan, t, 0, plan.problem.tokens)
+    if keep or plan.options.needs_argmax:
+        repair_tokens(plan, t, 0, plan.problem.tokens)
+    reduce_tokens(plan, t)
+
+
+def prepare_tokens(plan: Plan, t: Tensors) -> None:
+    compact_valid_tokens(plan, t)
+    sum_class_weight(plan, t)
+    _project_labels(plan, t)
+
+
+def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
+    """Losses and metrics of ``count`` valid tokens from the ``first``-th; and their exponentials, if there is room."""
+    problem, kept = plan.problem, t.get("exponentials")
+    x, weight = t["x"], t["weight"]
+    tile = plan.tiles.project if kept is None else plan.tiles.keep
+    described, layout = described_weight(weight, tile.n, tile.k)
+    parts = triton.cdiv(problem.columns, tile.n)
+    rows_of_x = x
+    if kept is not None:
+        rows_of_x = TensorDescriptor.from_tensor(t["packed_x"][:, : problem.hidden], [tile.m, tile.k])
+        kept = TensorDescriptor.from_tensor(kept, [tile.m, tile.n // 2])
+    for start in range(first, first + count, plan.ranks):
+        ranks = min(plan.ranks, first + count - start)
+        statistics.project_statistics[(plan.tiles.programs,)](
+            rows_of_x,
+            described,
+            t.get("bias"),
+            t.get("class_weight"),
+            t["valid_tokens"],
+            t["valid_count"],
+            t["label_logit"],
+            kept,
+            *_parts(t, "tile"),
+            *x.stride(),
+            *weight.stride(),
+            problem.columns,
+            problem.hidden,
+            start,
+            ranks,
+            start - first,
+            plan.tiles.programs,
+            **logit_options(plan),
+            KEEP=kept is not None,
+            PACKED=kept is not None,
+            ARGMAX=plan.options.needs_argmax,
+            CLASS_WEIGHT=problem.has_class_weight,
+            SMOOTHING=plan.options.label_smoothing > 0,
+            **projection(plan, tile, layout),
+        )
+        _finish_tokens(plan, t, t["label_logit"], _parts(t, "tile"), start, ranks, ranks, parts)
+
+
+def linear_shard(plan: Plan, t: Tensors) -> None:
+    problem, tile = plan.problem, plan.tiles.project
+    x, weight = t["x"], t["weight"]
+    described, layout = described_weight(weight, tile.n, tile.k)
+    compact_valid_tokens(plan, t)
+    statistics.shard_statistics[(triton.cdiv(problem.tokens, tile.m) * plan.strips,)](
+        x,
+        described,
+        t.get("bias"),
+        t["labels"],
+        t.get("class_weight"),
+        t["first_class"],
+        t["valid_tokens"],
+        t["valid_count"],
+        t["label_logit"],
+        *_parts(t, "strip"),
+        *x.stride(),
+        *weight.stride(),
+        problem.tokens,
+        problem.columns,
+        problem.hidden,
+        plan.strips,
+        **logit_options(plan),
+        ARGMAX=plan.options.needs_argmax,
+        CLASS_WEIGHT=problem.has_class_weight,
+        SMOOTHING=plan.options.label_smoothing > 0,
+        **projection(plan, tile, layout),
+    )
+    finish.finish_shard[(triton.cdiv(problem.tokens, TOKEN_BLOCK),)](
+        t["labels"],
+        t["first_class"],
+        t["valid_position"],
+        t["label_logit"],
+        *_parts(t, "strip"),
+        *_shard_statistics(plan, t["shard_statistics"]),
+        problem.tokens,
+        problem.columns,
+        plan.strips,
+        ARGMAX=plan.options.needs_argmax,
+        SMOOTHING=plan.options.label_smoothing > 0,
+        BLOCK=TOKEN_BLOCK,
+        PARTS=PARTS_BLOCK,
+    )
+
+
+def linear_combine(plan: Plan, t: Tensors) -> None:
+    known = t["shard_statistics"]
+    shards, rows, n = known.shape
+    row_max, row_sum, target, smooth, argmax = _shard_statistics(plan, known[0])
+    sum_class_weight(plan, t)
+    _finish_tokens(plan, t, target, (row_max, row_sum, smooth, argmax), 0, n, rows * n, shards)
+    reduce_tokens(plan, t)
+
+
+def hidden_blocks(plan: Plan) -> int:
+    """Into how many programs a kernel over rows splits each."""
+    assert plan.problem.hidden is not None
+    return triton.cdiv(plan.problem.hidden, HIDDEN_BLOCK)
+
+
+def gather_rows(plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tensor | None) -> None:
+    """Pack the rows of ``x`` of as many valid tokens as ``packed`` has room for, from the ``first``-th."""
+    x = t["x"]
+    rows.gather_rows[(packed.shape[0], hidden_blocks(plan))](
+        x,
+        t["valid_tokens"],
+        t["valid_count"],
+        scale,
+        packed,
+        *x.stride(),
+        packed.stride(0),
+        first,
+        plan.problem.hidden,
+        SCALED=scale is not None,
+        BLOCK=HIDDEN_BLOCK,
+    )
+
+
+def compact_valid_tokens(plan: Plan, t: Tensors) -> None:
+    tokens.compact_valid_tokens[(1,)](
+        t["labels"],
+        t["valid_tokens"],
+        t["valid_position"],
+        t["valid_count"],
+        plan.problem.tokens,
+        plan.problem.vocab,
+        plan.options.ignore_index,
+        BLOCK=REDUCE_BLOCK,
+    )
+
+
+def sum_class_weight(plan: Plan, t: Tensors) -> None:
+    if "class_weight_sum" in t:
+        tokens.sum_class_weight[(1,)](
+            t["class_weight"], t["class_weight_sum"], plan.problem.vocab, BLOCK=REDUCE_BLOCK
+        )
+
+
+def reduce_tokens(plan: Plan, t: Tensors) -> None:
+    if plan.options.per_token:
+        return
+    tokens.reduce_tokens[(math.prod(plan.problem.groups),)](
+        t["labels"],
+        t["token_loss"],
+        t["token_z_loss"],
+        t.get("token_correct"),
+        t.get("class_weight"),
+        t["loss"],
+        t.get("z_loss"),
+        t.get("token_accuracy"),
+        t.get("num_valid"),
+        t.get("num_correct"),
+        t.get("divisors"),
+        plan.problem.group_tokens,
+        plan.problem.vocab,
+        plan.options.ignore_index,
+        MEAN=plan.options.reduction == "mean",
+        Z_OUTPUT=plan.options.return_z_loss,
+        ACCURACY=plan.options.return_token_accuracy,
+        COUNTS=plan.options.return_counts,
+        CLASS_WEIGHT=plan.problem.has_class_weight,
+        BLOCK=REDUCE_BLOCK,
+    )
+
+
+def _project_labels(plan: Plan, t: Tensors) -> None:
+    tile = plan.tiles.keep if "exponentials" in t else plan.tiles.project
+    block, flags = min(tile.m, LABEL_BLOCK), projection(plan, tile, "strided")
+    project.project_labels[(triton.cdiv(plan.problem.tokens, block),)](
+        t["x"],
+        t["weight"],
+        t.get("bias"),
+        t["labels"],
+        t["valid_tokens"],
+        t["valid_count"],
+        t["label_logit"],
+        *t["x"].stride(),
+        *t["weight"].stride(),
+        plan.problem.hidden,
+        **logit_options(plan),
+        BIAS=flags["BIAS"],
+        EVEN_K=flags["EVEN_K"],
+        M=block,
+        K=tile.k,
+        num_warps=4,
+        num_stages=tile.stages,
+    )
+
+
+def _finish_tokens(
+    plan: Plan,
+    t: Tensors,
+    label_logit: Tensor | None,
+    parts: tuple[Tensor | None, ...],
+    first: int,
+    ranks: int,
+    stride: int,
+    count: int,
+) -> None:
+    """Losses and metrics of ``ranks`` tokens from the ``first``-th, from ``count`` parts of the vocab, whose rows of
+    tokens lie ``stride`` apart.
+    """
+    finish.finish_tokens[(triton.cdiv(ranks, TOKEN_BLOCK),)](
+        t["labels"],
+        t.get("valid_tokens"),
+        t.get("valid_count"),
+        label_logit,
+        *parts,
+        *class_weights(t),
+        *token_results(plan, t),
+        plan.problem.vocab,
+        first,
+        ranks,
+        stride,
+        count,
+        plan.options.ignore_index,
+        SHARDS=plan.step.kind == "combine",
+        RELATIVE="exponentials" in t,
+        **loss_options(plan),
+        **metric_flags(plan),
+        BLOCK=TOKEN_BLOCK,
+        PARTS=PARTS_BLOCK,
+    )
+
+
+def repair_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
+    problem, tile = plan.problem, plan.tiles.slab
+    x, weight = t["x"], t["weight"]
+    described, layout = described_weight(weight, tile.n, tile.k)
+    flags = projection(plan, tile, layout)
+    del flags["GROUP"]
+    statistics.repair_tokens[(triton.cdiv(count, tile.m),)](
+        x,
+        described,
+        t.get("bias"),
+        t["labels"],
+        *class_weights(t),
+        t["valid_tokens"],
+        t["valid_count"],
+        *token_results(plan, t),
+        t.get("exponentials"),
+        *x.stride(),
+        *weight.stride(),
+        t["exponentials"].stride(0) if "exponentials" in t else 0,
+        first,
+        count,
+        problem.vocab,
+        problem.hidden,
+        plan.options.ignore_index,
+        **logit_options(plan),
+        **loss_options(plan),
+        **metric_flags(plan),
+        KEEP="exponentials" in t,
+        **flags,
+    )
+
+
+def _parts(t: Tensors, part: str) -> tuple[Tensor | None, ...]:
+    return tuple(t.get(f"{part}_{name}") for name in ("max", "sum", "smooth", "argmax"))
+
+
+def _shard_statistics(plan: Plan, rows: Tensor) -> tuple[Tensor | None, ...]:
+    """A shard's statistics by row: maximum, sum, the label's logit, and the smoothing's sum and argmax if needed."""
+    step, floats = plan.step, rows.view(torch.float32)
+    return (
+        floats[SHARD_MAX],
+        floats[SHARD_SUM],
+        floats[SHARD_TARGET],
+        floats[step.shard_smooth] if plan.options.label_smoothing > 0 else None,
+        rows[step.shard_argmax] if plan.options.needs_argmax else None,
+    )

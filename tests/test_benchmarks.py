@@ -1,0 +1,203 @@
+"""The benchmark runs at toy size on a CPU, and its report says what the results file does: in the README too."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+PAGES = ("README.md", "benchmarks/README.md")
+COMPILED = ("torch compile", "torch compile, metrics")  # the compiler's half a minute shows nothing of the benchmark
+
+with_jax = pytest.mark.skipif(not (find_spec("jax") and find_spec("optax")), reason="needs JAX and optax")
+
+
+def _run(script: str, *arguments: str | Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, BENCHMARKS / script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one run, whichever of pytest's workers makes it."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cpu.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            arguments = ["--device", "cpu", "--rounds", "2", "--commit", "0123456789", "--skip", *COMPILED]
+            _run("loss_step.py", *arguments, "--out", unfinished)
+            unfinished.rename(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+@pytest.fixture(scope="module")
+def toy(results: dict) -> dict[str, dict]:
+    return results["shapes"]["toy"]
+
+
+def _ours(rows: dict[str, dict], frontend: str = "") -> dict[str, dict]:
+    return {label: row for label, row in rows.items() if label.startswith(f"twinhead {frontend}")}
+
+
+def test_the_file_says_what_was_measured(results: dict) -> None:
+    assert results["device"] == "cpu"
+    assert results["commit"] == "0123456789"
+    assert results["versions"]["torch"]
+    assert results["shapes"]["toy"]["size"] == [96, 32, 512]
+
+
+def test_nothing_of_ours_fails_and_all_is_timed(toy: dict[str, dict]) -> None:
+    for section, base in (("training", "floor"), ("half ignored", "floor"), ("evaluation", "one projection")):
+        rows = toy[section]
+        assert rows[base]["ratio"] == 1.0
+        for label, row in _ours(rows).items():
+            assert "failed" not in row, (section, label)
+            assert row["ms_min"] <= row["ms"] <= row["ms_max"]
+            assert row["ratio"] == pytest.approx(row["ms"] / rows[base]["ms"])
+            assert row["rounds"] == 2
+    assert len(_ours(toy["training"], "torch")) == 5
+    assert len(_ours(toy["half ignored"], "torch")) == 3
+    assert len(_ours(toy["evaluation"], "torch")) == 2
+
+
+def test_errors_are_within_those_of_torch_over_upcast_logits(toy: dict[str, dict]) -> None:
+    for section, kinds in (("training", ("random", "peaked")), ("half ignored", ("half ignored",))):
+        for kind in kinds:
+            torchs = toy[section]["torch eager"][kind]
+            assert 1e-4 < torchs["dx_error"] < 0.01  # bf16's rounding
+            for label, row in _ours(toy[section]).items():
+                assert row[kind]["loss_error"] < 1e-5, label
+                assert row[kind]["dx_error"] <= 1.1 * torchs["dx_error"], label
+                assert row[kind]["dw_error"] <= 1.1 * torchs["dw_error"], label
+
+
+def test_predictions_are_those_of_float32(toy: dict[str, dict]) -> None:
+    predicted = [row["random"]["predictions_wrong"] for row in _ours(toy["evaluation"]).values() if "wrong" in str(row)]
+    assert predicted and set(predicted) == {0.0}
+
+
+@with_jax
+def test_jax_has_the_bits_of_torch(toy: dict[str, dict]) -> None:
+    rows = _ours(toy["training"], "jax")
+    assert len(rows) == 4
+    assert all(row["bits_of_torch"] for row in rows.values())
+
+
+def test_small_steps_are_timed_as_calls_too(toy: dict[str, dict]) -> None:
+    for row in _ours(toy["training"], "torch").values():
+        assert 0 < row["host_us"] <= 1.5 * row["pipelined_us"]
+        assert row["waited_us"] > 0
+
+
+def test_given_logits_are_compared_with_a_copy(results: dict) -> None:
+    rows = results["logits"]["rows"]
+    row, copy = rows["twinhead torch"], rows["copy"]
+    assert row["random"]["dx_error"] <= 1.1 * rows["torch eager"]["random"]["dx_error"]
+    assert row["forward_share"] == pytest.approx(copy["ms"] / 2 / row["forward_ms"])
+    assert row["backward_share"] == pytest.approx(copy["ms"] / row["backward_ms"])
+    assert copy["gb_per_s"] == pytest.approx(4 * 64 * 512 / copy["ms"] / 1e6)
+
+
+def test_scaling_has_its_points(results: dict) -> None:
+    assert results["scaling"]["tokens"]["48x32x512"]["rows"]["twinhead torch, speed"]["ratio"] > 0
+    assert results["scaling"]["vocab"]["96x32x256"]["rows"]["twinhead torch, lean"]["ratio"] > 0
+
+
+@pytest.fixture
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark's modules can be imported."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def test_parts_are_added_to_those_of_the_same_commit(modules: None, tmp_path: Path) -> None:
+    from results import Results
+
+    path = tmp_path / "cpu.json"
+    Results(path, "cpu", "first").add("shapes", "one", value={"size": 1})
+    Results(path, "cpu", "first").add("shapes", "two", value={"size": 2})
+    assert json.loads(path.read_text())["shapes"] == {"one": {"size": 1}, "two": {"size": 2}}
+    Results(path, "cpu", "second").add("shapes", "two", value={"size": 3})
+    written = json.loads(path.read_text())
+    assert written["commit"] == "second"
+    assert written["shapes"] == {"two": {"size": 3}}
+
+
+def test_a_contender_that_fails_does_not_stop_the_others(modules: None) -> None:
+    from measure import Clock, check, take_turns
+    from problems import Result, make_problems, reference
+
+    problem = make_problems((8, 4, 16), "cpu")["random"]
+    expected = reference(problem)
+
+    def fails(problem: object) -> None:
+        raise MemoryError("out of\nmemory")
+
+    contenders = {
+        "fails": fails,
+        "wrong": lambda problem: lambda: Result(2 * expected.loss),
+        "right": lambda problem: lambda: expected,
+    }
+    rows, steps = check([("random", problem, expected)], contenders)
+    assert rows["fails"]["failed"] == "MemoryError: out of memory"
+    assert rows["wrong"]["failed"] == "AssertionError: wrong results"
+    assert rows["wrong"]["random"]["loss_error"] == pytest.approx(1.0)
+    assert rows["right"]["random"] == {"loss_error": 0, "dx_error": 0, "dw_error": 0, "predictions_wrong": 0}
+    assert list(steps) == ["right"]
+
+    calls = iter(range(3))  # the fourth raises
+    times, failures = take_turns({"stops": lambda: next(calls), "goes on": tuple}, Clock(0.0))
+    assert failures == {"stops": "StopIteration:"}
+    assert len(times["goes on"]) == 5
+    assert "stops" not in times
+
+
+def test_peaked_data_points_at_its_labels(modules: None) -> None:
+    from problems import make_problems, reference
+
+    expected = reference(problem := make_problems((512, 256, 4096), "cpu")["peaked"])
+    assert 1.0 < expected.loss < 2.0
+    assert (expected.predicted == problem.labels).float().mean() > 0.9
+    assert (problem.labels == 0).float().mean() > 0.05  # the most frequent of 4096
+
+
+def _pages(folder: Path) -> Path:
+    for page in PAGES:
+        (folder / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, folder / page)
+    return folder
+
+
+def test_the_report_turns_a_file_into_pages_and_plots(file: Path, toy: dict[str, dict], tmp_path: Path) -> None:
+    _run("report.py", file, "--root", _pages(tmp_path))
+    text = (tmp_path / "README.md").read_text()
+    assert "One cpu, bf16, " in text and "commit 0123456." in text
+    for label, row in _ours(toy["training"]).items():
+        assert f"\n| {label} | {row['ratio']:.2f}" in text
+    assert text.startswith((ROOT / "README.md").read_text().partition("<!-- benchmark:begin -->")[0])
+    assert "torch eager" in (tmp_path / "benchmarks/README.md").read_text()
+    assert (tmp_path / "docs/benchmark_scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pages_say_what_the_committed_results_do(tmp_path: Path) -> None:
+    _run("report.py", BENCHMARKS / "results" / "h200.json", "--root", _pages(tmp_path))
+    for page in PAGES:
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
