@@ -26,29 +26,22 @@ class TorchPasses:
     def __init__(self, loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor) -> None:
         self.logits, self.labels, self.loss_fn = logits.clone().requires_grad_(), labels, loss_fn
         self.loss: Any = None
-        self.passes = {"forward": self.forward, "backward": Backward(self)}
+        self.passes = {"forward": self.forward, "backward": self.backward}
 
     def forward(self) -> None:
         self.logits.grad = self.loss = None
         self.loss = self.loss_fn(self.logits, self.labels)
 
+    def backward(self) -> None:
+        if self.loss is None:
+            self.forward()
+        self.logits.grad = None
+        self.loss.backward(retain_graph=True)
+
     def step(self) -> Result:
         self.forward()
         self.loss.backward()
         return Result(self.loss.detach(), self.logits.grad)
-
-
-class Backward:
-    """The backward pass; the forward pass goes before."""
-
-    def __init__(self, passes: TorchPasses) -> None:
-        self.passes = passes
-
-    def before(self) -> None:
-        self.passes.forward()
-
-    def __call__(self) -> None:
-        self.passes.loss.backward()
 
 
 class JaxPasses:

@@ -17,6 +17,7 @@ from torch import Tensor
 MIB = 2**20
 ERRORS = ("loss_error", "dx_error", "dw_error")
 WRONG = 0.05  # a larger error on random data is no matter of rounding
+TURN_SECONDS, MOST_CALLS = 0.1, 20  # of a turn, which is at most so many calls of a step
 CROWDED = 64 * 1024  # MiB: a step that takes more is not timed beside the others, which keep their pools of memory
 
 
@@ -47,24 +48,26 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def seconds(step: Callable) -> float:
-    """Of one run. What a step has to do first, its ``before``, does not count."""
-    if hasattr(step, "before"):
-        step.before()
+def seconds(step: Callable, calls: int = 1) -> float:
+    """Of a call, of so many that follow each other and are waited for together, as those of a training loop are."""
     wait()
     start = time.perf_counter()
-    wait(step())
-    return time.perf_counter() - start
+    for _ in range(calls):
+        results = step()
+    wait(results)
+    return (time.perf_counter() - start) / calls
 
 
 def take_turns(steps: dict[str, Callable], clock: Clock) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Milliseconds of each step, in rounds of shuffled order: what ran before, and the card's heat, favour nobody.
+    """Milliseconds of a call of each step, in rounds of shuffled order: what ran before, and the card's heat, favour
+    nobody. A turn is several calls, if they are short, after one that does not count.
 
     Steps that fail leave, with the reason.
     """
     order = list(steps)
     shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {label: [] for label in steps}
+    calls = dict.fromkeys(steps, 1)
     failures: dict[str, str] = {}
     turn, start = -2, 0.0  # the first two rounds warm the card up
     while turn < 0 or not clock.over(turn, time.perf_counter() - start):
@@ -73,13 +76,16 @@ def take_turns(steps: dict[str, Callable], clock: Clock) -> tuple[dict[str, list
         shuffle(order)
         for label in [label for label in order if label not in failures]:
             try:
-                elapsed = seconds(steps[label])
+                steps[label]()
+                elapsed = seconds(steps[label], calls[label])
             except Exception as error:
                 failures[label] = reason(error)
             if label in failures:
                 release()  # what the error held on to is gone by now
                 continue
-            if turn >= 0:
+            if turn < 0:
+                calls[label] = min(MOST_CALLS, max(1, round(TURN_SECONDS / elapsed)))
+            else:
                 times[label].append(1e3 * elapsed)
         turn += 1
     return {label: found for label, found in times.items() if label not in failures}, failures

@@ -20,9 +20,9 @@ __all__ = [
     "Problem",
     "Step",
     "check_labels",
+    "for_gradient",
     "launch",
     "linear_problem",
     "logits_problem",
-    "for_gradient",
     "plan",
 ]

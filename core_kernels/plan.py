@@ -200,9 +200,10 @@ def _ranks(workspace: list[Buffer], step: Step, tiles: Tiles) -> int:
 
 
 def _strips(problem: Problem, tiles: Tiles) -> int:
-    """Strips enough to fill a GPU with (token tile, strip) programs; their results stay small however many tokens."""
-    token_tiles = max(1, math.ceil(problem.tokens / tiles.project.m))
-    return min(math.ceil(problem.columns / tiles.project.n), math.ceil(STRIPS * tiles.programs / token_tiles))
+    """Strips enough to fill a GPU with programs, one a token tile and strip; few, so that their results stay small."""
+    tile = tiles.project
+    token_tiles = max(1, math.ceil(problem.tokens / tile.m))
+    return min(math.ceil(problem.columns / tile.n), math.ceil(STRIPS * tiles.programs(tile) / token_tiles))
 
 
 def _gradient(step: Step, tiles: Tiles) -> Plan:
@@ -259,7 +260,7 @@ def _splits(tokens: int, hidden: int, columns: int, tiles: Tiles) -> tuple[int, 
 
     A few tiles are all split; of more, those that would be a last round for less than half of the programs.
     """
-    tile, programs = tiles.grad_x, tiles.programs
+    tile, programs = tiles.grad_x, tiles.programs(tiles.grad_x)
     token_tiles, hidden_tiles = math.ceil(tokens / tile.m), math.ceil(hidden / tile.n)
     count = token_tiles * hidden_tiles
     if 0 < 2 * count <= programs:
@@ -278,7 +279,7 @@ def _slab(step: Step, tiles: Tiles, budget: int) -> int:
     A product's time is its rounds of tiles, one a program, times what it sums over; a sum that goes on from the slab
     before is read and stored.
     """
-    problem, programs = step.problem, tiles.programs
+    problem = step.problem
     n, hidden, columns = problem.tokens, problem.hidden or 0, problem.columns
     unit = max(tiles.slab.n, tiles.grad_weight.m)
     widest = min(max(1, budget // max(1, n * unit * problem.dtype.itemsize)) * unit, columns)
@@ -286,7 +287,7 @@ def _slab(step: Step, tiles: Tiles, budget: int) -> int:
         return columns
 
     def rounds(tile: Tile, rows: int, across: int) -> int:
-        return math.ceil(math.ceil(rows / tile.m) * math.ceil(across / tile.n) / programs)
+        return math.ceil(math.ceil(rows / tile.m) * math.ceil(across / tile.n) / tiles.programs(tile))
 
     def time(width: int) -> float:
         of_slab = rounds(tiles.slab, n, width) * hidden

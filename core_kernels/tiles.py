@@ -1,13 +1,26 @@
-"""Tile configurations as data: how large a block of each product one program computes, by device, dtype and shape."""
+"""Tile configurations as data: how large a block of each product one program computes, by device, dtype and shape.
+
+What was measured is in ``tiles.json``, which ``benchmarks/tune.py`` writes. Devices that are not in it get tiles that
+fit anywhere.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 import torch
 
 from core_kernels.engine import interpreting
+
+# The products: statistics of the logits; the same, leaving their exponentials behind; a slab of the gradient of the
+# logits; and the gradients of the inputs.
+PRODUCTS = ("project", "keep", "slab", "grad_x", "grad_weight")
+# Up to this hidden size the sum of a tile of logits is short, and what is done with the tile counts.
+SHORT_HIDDEN = 1024
 
 
 @dataclass(frozen=True)
@@ -20,48 +33,63 @@ class Tile:
     group: int  # output tiles are visited in groups of this many rows, so that operands are reused from L2
     warps: int
     stages: int
+    resident: int = 1  # programs that a multiprocessor runs at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel over rows of given logits takes ``block`` columns at a time."""
+
+    block: int
+    warps: int
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """The tile of each product; a row kernel takes ``row`` columns at a time."""
+    """The tile of each product; the row kernels' blocks."""
 
-    project: Tile  # statistics of the logits
-    keep: Tile  # the same, which leaves their exponentials behind
-    slab: Tile  # a slab of the gradient of the logits
+    project: Tile
+    keep: Tile
+    slab: Tile
     grad_x: Tile
     grad_weight: Tile
-    row: int
-    programs: int  # that run at a time: one for each multiprocessor
+    forward: Row
+    backward: Row
+    processors: int
     overlap: bool  # a launch may start as the one before runs out of programs (Hopper and later)
+
+    def programs(self, tile: Tile) -> int:
+        """That run at a time."""
+        return self.processors * tile.resident
 
 
 SMALL = Tile(32, 64, 32, group=2, warps=4, stages=1)
 # Interpreted tiles are small on purpose: small test shapes then span several of them in every dimension.
-INTERPRETED = Tiles(SMALL, SMALL, SMALL, SMALL, Tile(64, 32, 32, 2, 4, 1), row=128, programs=3, overlap=False)
-
-WIDE, WIDE_4, TALL = Tile(128, 256, 64, 16, 8, 3), Tile(128, 256, 64, 16, 8, 4), Tile(256, 128, 64, 16, 8, 3)
-DEEP = Tile(128, 256, 64, 8, 8, 4)
-SQUARE, EXACT = Tile(128, 128, 32, 8, 8, 3), Tile(64, 64, 32, 8, 4, 2)
-
-# By (compute capability major, or 0 for any other GPU; bytes per element; whether the hidden size fills 256 columns).
-TILES = {
-    (9, 2, True): (WIDE_4, WIDE, WIDE, DEEP, WIDE_4),
-    (9, 2, False): (WIDE_4, WIDE, WIDE, DEEP, WIDE_4),
-    (0, 2, True): (SQUARE, SQUARE, SQUARE, SQUARE, SQUARE),
-    (0, 2, False): (SQUARE, SQUARE, SQUARE, SQUARE, SQUARE),
-    # float32 products are exact float32 (no TF32), in registers: a large tile would spill.
-    (0, 4, True): (EXACT, EXACT, EXACT, EXACT, EXACT),
-    (0, 4, False): (EXACT, EXACT, EXACT, EXACT, EXACT),
-}
+INTERPRETED = Tiles(
+    SMALL, SMALL, SMALL, SMALL, Tile(64, 32, 32, 2, 4, 1), Row(128, 4), Row(128, 4), processors=3, overlap=False
+)
+# By bytes per element. float32 products are exact float32 (no TF32), in registers: a large tile would spill.
+ANYWHERE = {2: Tile(128, 128, 32, 8, 8, 3), 4: Tile(64, 64, 32, 8, 4, 2)}
+ANY_ROW = Row(4096, 8)
 
 
 @functools.lru_cache(maxsize=64)
 def choose_tiles(device: torch.device, dtype: torch.dtype, hidden: int | None) -> Tiles:
     if interpreting() or device.type != "cuda":
         return INTERPRETED
-    major = torch.cuda.get_device_capability(device)[0] if torch.version.hip is None else 0
-    fills = (hidden or 256) % 256 == 0
-    tiles = TILES.get((major, dtype.itemsize, fills)) or TILES[(0, dtype.itemsize, fills)]
+    capability = torch.cuda.get_device_capability(device)[0] if torch.version.hip is None else 0
+    length = "short" if (hidden or 0) <= SHORT_HIDDEN else "long"
+    tiles: dict[str, Any] = {name: ANYWHERE[dtype.itemsize] for name in PRODUCTS}
+    rows: dict[str, Any] = {"forward": ANY_ROW, "backward": ANY_ROW}
+    for entry in measured():
+        if entry["capability"] == capability and "rows" in entry:
+            rows |= {name: Row(*row) for name, row in entry["rows"].items()}
+        elif entry["capability"] == capability and (entry["bytes"], entry["hidden"]) == (dtype.itemsize, length):
+            tiles |= {name: Tile(*tile) for name, tile in entry["tiles"].items()}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Tiles(*tiles, row=4096, programs=processors, overlap=major >= 9)
+    return Tiles(**tiles, **rows, processors=processors, overlap=capability >= 9)
+
+
+@functools.cache
+def measured() -> list[dict]:
+    return json.loads(resources.files("core_kernels").joinpath("tiles.json").read_text())

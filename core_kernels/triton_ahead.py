@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from core_kernels.arguments import Tensors
 from core_kernels.kernels import tokens
+from core_kernels.launching import launching
 from core_kernels.plan import Plan
 from core_kernels.triton_gradient import (
     factor_rows,
@@ -59,7 +60,7 @@ def _add_gradients(plan: Plan, t: Tensors, first: int, ranks: int) -> None:
 
 
 def _mean_divisors(plan: Plan, t: Tensors) -> None:
-    tokens.mean_divisors[(1,)](
+    launching(tokens.mean_divisors, (1,))(
         t["labels"],
         t.get("class_weight"),
         t["divisors"],

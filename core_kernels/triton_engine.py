@@ -22,7 +22,9 @@ from core_kernels.arguments import (
 )
 from core_kernels.engine import interpreting
 from core_kernels.kernels import cross_entropy
+from core_kernels.launching import launching
 from core_kernels.plan import Plan
+from core_kernels.tiles import Row
 from core_kernels.triton_ahead import linear_loss_and_gradient
 from core_kernels.triton_gradient import linear_gradient
 from core_kernels.triton_loss import linear_combine, linear_loss, linear_shard, reduce_tokens, sum_class_weight
@@ -45,7 +47,7 @@ def guard(device: torch.device) -> Iterator[None]:
 def cross_entropy_loss(plan: Plan, t: Tensors) -> None:
     logits = t["logits"]
     sum_class_weight(plan, t)
-    cross_entropy.cross_entropy_forward[(plan.problem.tokens,)](
+    launching(cross_entropy.cross_entropy_forward, (plan.problem.tokens,))(
         logits,
         t["labels"],
         *class_weights(t),
@@ -56,15 +58,14 @@ def cross_entropy_loss(plan: Plan, t: Tensors) -> None:
         **logit_options(plan),
         **loss_options(plan),
         **metric_flags(plan),
-        BLOCK=_row_block(plan),
-        num_warps=8,
+        **_row_blocks(plan, plan.tiles.forward),
     )
     reduce_tokens(plan, t)
 
 
 def cross_entropy_gradient(plan: Plan, t: Tensors) -> None:
     logits = t["logits"]
-    cross_entropy.cross_entropy_backward[(plan.problem.tokens,)](
+    launching(cross_entropy.cross_entropy_backward, (plan.problem.tokens,))(
         logits,
         t["labels"],
         *class_weights(t),
@@ -81,13 +82,12 @@ def cross_entropy_gradient(plan: Plan, t: Tensors) -> None:
         **logit_options(plan),
         **loss_options(plan),
         **gradient_flags(plan),
-        BLOCK=_row_block(plan),
-        num_warps=8,
+        **_row_blocks(plan, plan.tiles.backward),
     )
 
 
-def _row_block(plan: Plan) -> int:
-    return min(plan.tiles.row, triton.next_power_of_2(plan.problem.vocab))
+def _row_blocks(plan: Plan, row: Row) -> dict[str, int]:
+    return {"BLOCK": min(row.block, triton.next_power_of_2(plan.problem.vocab)), "num_warps": row.warps}
 
 
 LOGITS = {"loss": cross_entropy_loss, "gradient": cross_entropy_gradient}

@@ -20,6 +20,7 @@ from core_kernels.arguments import (
     projection,
 )
 from core_kernels.kernels import products, rows, slab
+from core_kernels.launching import launching
 from core_kernels.plan import Plan
 from core_kernels.triton_loss import HIDDEN_BLOCK, compact_valid_tokens, gather_rows, hidden_blocks
 
@@ -79,7 +80,7 @@ def _packed_rows(t: Tensors) -> Tensor:
 
 def factor_rows(plan: Plan, t: Tensors, first: int, ranks: int) -> None:
     """Factors of the logit gradients of ``ranks`` valid tokens from the ``first``-th."""
-    rows.row_factors[(triton.cdiv(ranks, FACTOR_BLOCK),)](
+    launching(rows.row_factors, (triton.cdiv(ranks, FACTOR_BLOCK),))(
         t["labels"],
         t["valid_tokens"],
         t["valid_count"],
@@ -113,7 +114,7 @@ def _row_factors(t: Tensors) -> tuple[Tensor | None, ...]:
 
 
 def sort_labels(plan: Plan, t: Tensors, first: int, ranks: int) -> None:
-    rows.sort_labels[(triton.cdiv(ranks, SORT_BLOCK),)](
+    launching(rows.sort_labels, (triton.cdiv(ranks, SORT_BLOCK),))(
         t["labels"],
         t["valid_tokens"],
         t["valid_count"],
@@ -133,7 +134,7 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
     described, layout = described_weight(weight, tile.n, tile.k)
     flags, losses = projection(plan, tile, layout), loss_options(plan)
     del flags["EVEN_K"]
-    slab.slab_gradient[(plan.tiles.programs,)](
+    launching(slab.slab_gradient, (plan.tiles.programs(tile),))(
         TensorDescriptor.from_tensor(packed, [tile.m, tile.k]),
         described,
         t.get("bias"),
@@ -151,7 +152,7 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
         problem.hidden,
         first,
         matrix.shape[1],
-        plan.tiles.programs,
+        plan.tiles.programs(tile),
         SHARDED=problem.shards is not None,
         CLASS_WEIGHT=losses["CLASS_WEIGHT"],
         SMOOTHING=losses["SMOOTHING"],
@@ -179,7 +180,7 @@ def weight_gradient(
     """
     tile = plan.tiles.grad_weight
     described, layout = (out, "sums") if sums else described_weight(out, tile.m, tile.n // 2)
-    products.weight_gradient[(plan.tiles.programs,)](
+    launching(products.weight_gradient, (plan.tiles.programs(tile),))(
         TensorDescriptor.from_tensor(matrix, [tile.k, tile.m]),
         TensorDescriptor.from_tensor(packed, [tile.k, tile.n]),
         described,
@@ -192,7 +193,7 @@ def weight_gradient(
         first,
         matrix.shape[1],
         plan.problem.hidden,
-        plan.tiles.programs,
+        plan.tiles.programs(tile),
         LABELS=label_rows is not None,
         LAYOUT=layout,
         ADD=sums and ranks[0] > 0,
@@ -203,7 +204,7 @@ def weight_gradient(
 
 def finish_label_rows(plan: Plan, t: Tensors, label_rows: Tensor, out: Tensor, ranks: int, by_slot: bool) -> None:
     x = t["x"]
-    rows.finish_label_rows[(ranks, hidden_blocks(plan))](
+    launching(rows.finish_label_rows, (ranks, hidden_blocks(plan)))(
         x,
         t["sorted_labels"],
         t["sorted_tokens"],
@@ -231,7 +232,7 @@ def input_gradient(
     tile, weight = plan.tiles.grad_x, t["weight"]
     described, layout = described_weight(weight, tile.k, tile.n)
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-    products.input_gradient[(plan.tiles.programs,)](
+    launching(products.input_gradient, (plan.tiles.programs(tile),))(
         TensorDescriptor.from_tensor(matrix, [tile.m, tile.k]),
         described,
         out,
@@ -246,7 +247,7 @@ def input_gradient(
         plan.split_tiles,
         plan.splits,
         plan.first_part,
-        plan.tiles.programs,
+        plan.tiles.programs(tile),
         ADD=first > 0,
         SPLIT=plan.splits > 1,
         LAYOUT=layout,
@@ -261,7 +262,7 @@ def finish_rows(
 ) -> None:
     """From sums of the rows of ``x``'s gradient to ``out``, for ``ranks`` tokens from the ``first``-th."""
     weight = t["weight"]
-    rows.finish_rows[(ranks, hidden_blocks(plan))](
+    launching(rows.finish_rows, (ranks, hidden_blocks(plan)))(
         sums,
         weight,
         t["labels"],
@@ -287,7 +288,7 @@ def finish_rows(
 
 def _bias_gradient(t: Tensors, matrix: Tensor, first: int) -> None:
     columns = matrix.shape[1]
-    products.bias_gradient[(triton.cdiv(columns, BIAS_BLOCK),)](
+    launching(products.bias_gradient, (triton.cdiv(columns, BIAS_BLOCK),))(
         matrix, t["grad_bias"], t["valid_count"], first, columns, matrix.stride(0), ROWS=BIAS_BLOCK, COLUMNS=BIAS_BLOCK
     )
 
@@ -299,7 +300,7 @@ def _scale_sums(plan: Plan, t: Tensors) -> None:
     for name, by_rank in (("x", True), ("weight", False)):
         if f"grad_{name}" in t:
             sums, out = t[f"sum_{name}"], t[f"grad_{name}"]
-            rows.scale_rows[(sums.shape[0], hidden_blocks(plan))](
+            launching(rows.scale_rows, (sums.shape[0], hidden_blocks(plan)))(
                 sums,
                 t["valid_position"] if by_rank else None,
                 t["grad_loss"],

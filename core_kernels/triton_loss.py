@@ -21,6 +21,7 @@ from core_kernels.arguments import (
 )
 from core_kernels.kernels import finish, rows, statistics, tokens
 from core_kernels.kernels import projection as project
+from core_kernels.launching import launching
 from core_kernels.plan import Plan
 from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 
@@ -60,7 +61,7 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
         kept = TensorDescriptor.from_tensor(kept, [tile.m, tile.n // 2])
     for start in range(first, first + count, plan.ranks):
         ranks = min(plan.ranks, first + count - start)
-        statistics.project_statistics[(plan.tiles.programs,)](
+        launching(statistics.project_statistics, (plan.tiles.programs(tile),))(
             rows_of_x,
             described,
             t.get("bias"),
@@ -77,7 +78,7 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
             start,
             ranks,
             start - first,
-            plan.tiles.programs,
+            plan.tiles.programs(tile),
             **logit_options(plan),
             KEEP=kept is not None,
             PACKED=kept is not None,
@@ -94,7 +95,7 @@ def linear_shard(plan: Plan, t: Tensors) -> None:
     x, weight = t["x"], t["weight"]
     described, layout = described_weight(weight, tile.n, tile.k)
     compact_valid_tokens(plan, t)
-    statistics.shard_statistics[(triton.cdiv(problem.tokens, tile.m) * plan.strips,)](
+    launching(statistics.shard_statistics, (triton.cdiv(problem.tokens, tile.m) * plan.strips,))(
         x,
         described,
         t.get("bias"),
@@ -117,7 +118,7 @@ def linear_shard(plan: Plan, t: Tensors) -> None:
         SMOOTHING=plan.options.label_smoothing > 0,
         **projection(plan, tile, layout),
     )
-    finish.finish_shard[(triton.cdiv(problem.tokens, TOKEN_BLOCK),)](
+    launching(finish.finish_shard, (triton.cdiv(problem.tokens, TOKEN_BLOCK),))(
         t["labels"],
         t["first_class"],
         t["valid_position"],
@@ -152,7 +153,7 @@ def hidden_blocks(plan: Plan) -> int:
 def gather_rows(plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tensor | None) -> None:
     """Pack the rows of ``x`` of as many valid tokens as ``packed`` has room for, from the ``first``-th."""
     x = t["x"]
-    rows.gather_rows[(packed.shape[0], hidden_blocks(plan))](
+    launching(rows.gather_rows, (packed.shape[0], hidden_blocks(plan)))(
         x,
         t["valid_tokens"],
         t["valid_count"],
@@ -168,7 +169,7 @@ def gather_rows(plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tenso
 
 
 def compact_valid_tokens(plan: Plan, t: Tensors) -> None:
-    tokens.compact_valid_tokens[(1,)](
+    launching(tokens.compact_valid_tokens, (1,))(
         t["labels"],
         t["valid_tokens"],
         t["valid_position"],
@@ -182,7 +183,7 @@ def compact_valid_tokens(plan: Plan, t: Tensors) -> None:
 
 def sum_class_weight(plan: Plan, t: Tensors) -> None:
     if "class_weight_sum" in t:
-        tokens.sum_class_weight[(1,)](
+        launching(tokens.sum_class_weight, (1,))(
             t["class_weight"], t["class_weight_sum"], plan.problem.vocab, BLOCK=REDUCE_BLOCK
         )
 
@@ -190,7 +191,7 @@ def sum_class_weight(plan: Plan, t: Tensors) -> None:
 def reduce_tokens(plan: Plan, t: Tensors) -> None:
     if plan.options.per_token:
         return
-    tokens.reduce_tokens[(math.prod(plan.problem.groups),)](
+    launching(tokens.reduce_tokens, (math.prod(plan.problem.groups),))(
         t["labels"],
         t["token_loss"],
         t["token_z_loss"],
@@ -217,7 +218,7 @@ def reduce_tokens(plan: Plan, t: Tensors) -> None:
 def _project_labels(plan: Plan, t: Tensors) -> None:
     tile = plan.tiles.keep if "exponentials" in t else plan.tiles.project
     block, flags = min(tile.m, LABEL_BLOCK), projection(plan, tile, "strided")
-    project.project_labels[(triton.cdiv(plan.problem.tokens, block),)](
+    launching(project.project_labels, (triton.cdiv(plan.problem.tokens, block),))(
         t["x"],
         t["weight"],
         t.get("bias"),
@@ -251,7 +252,7 @@ def _finish_tokens(
     """Losses and metrics of ``ranks`` tokens from the ``first``-th, from ``count`` parts of the vocab, whose rows of
     tokens lie ``stride`` apart.
     """
-    finish.finish_tokens[(triton.cdiv(ranks, TOKEN_BLOCK),)](
+    launching(finish.finish_tokens, (triton.cdiv(ranks, TOKEN_BLOCK),))(
         t["labels"],
         t.get("valid_tokens"),
         t.get("valid_count"),
@@ -280,7 +281,7 @@ def repair_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
     described, layout = described_weight(weight, tile.n, tile.k)
     flags = projection(plan, tile, layout)
     del flags["GROUP"]
-    statistics.repair_tokens[(triton.cdiv(count, tile.m),)](
+    launching(statistics.repair_tokens, (triton.cdiv(count, tile.m),))(
         x,
         described,
         t.get("bias"),

@@ -42,8 +42,8 @@ class Call:
         return self.step.results
 
     def for_gradient(self, wanted: Iterable[str]) -> Call:
-        """The same loss where its gradient by ``wanted`` inputs will be asked for. A program is traced before it is known
-        where it runs: on another platform than JAX's default it is right as well, and no more than slower.
+        """The same loss where its gradient by ``wanted`` inputs will be asked for. A program is traced before it is
+        known where it runs: on another platform than JAX's default it is right as well, and no more than slower.
         """
         device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
         most, few, many = for_gradient(self.step, wanted, device)

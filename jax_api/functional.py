@@ -188,8 +188,12 @@ def fused_linear_ce(
         vocab_axis: name of the mesh axis, inside ``jax.shard_map``, along which ``weight`` and ``bias`` are sharded in
             their vocab dimension (``ce_weight`` is whole). Labels and predictions are classes of the whole vocab, and
             every device of the axis gets the whole loss, by one small collective each way.
-        memory: how much scratch the backward pass may take: ``"lean"``, ``"auto"``, ``"speed"``, or a number of bytes
-            for the workspace of either pass. The result is the same.
+        memory: what the gradient may cost in scratch, on a GPU. ``"speed"``: one projection in all, with the
+            exponentials of the logits kept in bfloat16, up to 4.7 GiB of them; of more, a chunk of tokens at a time,
+            beside float32 gradients. ``"lean"``: statistics alone, and the logits again, a slice of the vocab at a
+            time. ``"auto"``: the former up to 2 GiB, else the latter with larger slices. A number: at most so many
+            bytes for the scratch of either pass. Inputs of float32 or float16, a bias and label smoothing always take
+            the latter. The result is the same to rounding.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
         check_labels: raise on a bad label; needs labels that nothing traces. On a CPU always done for those.
         cuda_graph: let XLA record the launches in its CUDA graphs and replay them without Python. XLA makes graphs of

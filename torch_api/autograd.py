@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,6 +107,10 @@ class PlannedGradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], step: str, group: Any, *inputs: Tensor) -> tuple[Any, Any]:
         return _mapped(PlannedGradient, info.batch_size, step, group, decode(step).inputs, inputs, in_dims[2:])
+
+
+for _function in (PlannedLoss, PlannedGradient):  # torch asks at every call, and would find out anew
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _mapped(

@@ -146,9 +146,9 @@ def fused_linear_cross_entropy(
     .. math:: (1 - e)\, w_y (\text{lse} - z_y) + \tfrac{e}{V} \sum_v w_v (\text{lse} - z_v)
               + \text{lse\_square\_scale} \cdot \text{lse}^2
 
-    The forward pass keeps running statistics of each row of logits; the backward pass projects again, one slice of the
-    vocab at a time, and sums every gradient in float32 before rounding it once. Without gradients only the one
-    projection is computed.
+    The forward pass takes statistics of each tile of logits as it is made, and may leave its exponentials behind for
+    the backward pass, which otherwise projects again, one slice of the vocab at a time (``memory``). Every gradient is
+    summed in float32 and rounded once. Without gradients only the one projection is computed.
 
     Args:
         input: hidden states ``(..., H)``, float32, bfloat16 or float16, with any strides. Under ``torch.autocast`` it
@@ -177,8 +177,12 @@ def fused_linear_cross_entropy(
             group and in the order of the ranks. All else is the same on each of them, and so is the result, of which
             every rank takes the same gradient. A ``DTensor`` weight that is ``Shard(0)`` means the same on its own
             mesh, with uneven shards too; ``input`` and ``target`` may then be plain tensors, the same on each rank.
-        memory: how much scratch the backward pass may take: ``"lean"``, ``"auto"``, ``"speed"``, or a number of bytes
-            for the workspace of either pass. The result is the same.
+        memory: what the gradient may cost in scratch, on a GPU. ``"speed"``: one projection in all, with the
+            exponentials of the logits kept in bfloat16, up to 4.7 GiB of them; of more, a chunk of tokens at a time,
+            beside float32 gradients. ``"lean"``: statistics alone, and the logits again, a slice of the vocab at a
+            time. ``"auto"``: the former up to 2 GiB, else the latter with larger slices. A number: at most so many
+            bytes for the scratch of either pass. Inputs of float32 or float16, a bias and label smoothing always take
+            the latter. The result is the same to rounding.
         engine: ``"triton"``, ``"torch"`` (plain operations), or ``"auto"``: the kernels wherever they run.
         check_labels: on a GPU, wait for the labels and raise on a bad one. On a CPU that is always done.
 

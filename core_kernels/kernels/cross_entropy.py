@@ -9,6 +9,7 @@ import triton.language as tl
 from core_kernels.kernels.logits import (
     NO_COLUMN,
     argmax_minding_nan,
+    exp,
     final_logits,
     finite_or_zero,
     gradient_coefficients,
@@ -51,19 +52,23 @@ def cross_entropy_forward(
     lane = tl.arange(0, BLOCK)
     row = logits + token * stride_n
     if is_valid(label, ignore_index, V):
-        raw = tl.load(row + label.to(tl.int64) * stride_v).to(tl.float32)
-        target_logit = final_logits(raw, True, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        own = tl.load(row + label.to(tl.int64) * stride_v).to(tl.float32)
+        target_logit = final_logits(own, True, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        coming = tl.load(row + lane.to(tl.int64) * stride_v, mask=lane < V, other=0.0)
         for start in range(0, V, BLOCK):
             column = start + lane
             in_vocab = column < V
-            z = load_logits(row, column, in_vocab, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+            raw = coming
+            after = column + BLOCK  # is on its way while this block is summed
+            coming = tl.load(row + after.to(tl.int64) * stride_v, mask=after < V, other=0.0)
+            z = final_logits(raw.to(tl.float32), in_vocab, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
             block_top = tl.max(z, 0)
             if ARGMAX:
                 if block_top > row_max:  # few blocks raise the maximum: only they pay for finding where
                     argmax = tl.min(tl.where(z == block_top, column, NO_COLUMN), 0)
             new_max = tl.maximum(row_max, block_top)
             base = finite_or_zero(new_max)
-            row_sum = row_sum * tl.exp(row_max - base) + tl.sum(tl.exp(z - base), 0)
+            row_sum = row_sum * tl.exp(row_max - base) + tl.sum(exp(z - base), 0)
             row_max = new_max
             if SMOOTHING:
                 if start == 0:

@@ -57,8 +57,8 @@ def finish_tokens(
     ACCURACY: tl.constexpr, COUNTS: tl.constexpr, PREDICTED: tl.constexpr, TOKEN_SCALING: tl.constexpr,
     CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of ranks,). Merge the parts of ``ranks`` tokens from the ``first_rank``-th and store each one's loss,
-    metrics and statistics.
+    """Grid (blocks of ranks,). Merge the parts of ``ranks`` tokens from the ``first_rank``-th, and store each one's
+    loss, metrics and statistics.
 
     Parts are the vocab's tiles, by rank; sums ``RELATIVE`` to the label's logit, or not. With ``SHARDS`` they are the
     vocab's shards, a token at its own place; one of them has its label's logit, the others 0.

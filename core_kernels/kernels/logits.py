@@ -149,9 +149,8 @@ def gradient_coefficients(
     Each group of ``group_tokens`` tokens has its own upstream gradient (``None`` for 1) and divisors.
     """
     group = token // group_tokens
-    if grad_loss is None:
-        g = valid.to(tl.float32)
-    else:
+    g = valid.to(tl.float32)
+    if grad_loss is not None:
         g = tl.load(grad_loss + group, mask=valid, other=0.0)
     if TOKEN_SCALING:
         g = g * tl.load(token_scale + token, mask=valid, other=0.0)

@@ -1,10 +1,10 @@
 """The products of the backward pass: a matrix over valid tokens and vocab becomes gradients of the inputs.
 
-The matrix is a slab of logit gradients, or the kept exponentials of logits. All operands are read, and all tiles are
-stored, but for float32 sums, through tensor descriptors where strides allow. The programs are as many as run at a time, and each takes every
-so-many-th tile. Their loops are not flattened into one, as the projection's are: what is done with a finished tile here
-would undo the pipelining. The two products of a slab are independent, so where the GPU can (``OVERLAP``) the second
-starts as the first runs out of tiles.
+The matrix is a slab of logit gradients, or the kept exponentials of logits. All operands are read, and all tiles but
+those of float32 sums are stored, through tensor descriptors where strides allow. The programs are as many as run at a
+time, and each takes every so-many-th tile. Their loops are not flattened into one, as the projection's are: what is
+done with a finished tile here would undo the pipelining. The two products of a slab are independent, so where the GPU
+can (``OVERLAP``) the second starts as the first runs out of tiles.
 """
 
 import triton
@@ -30,8 +30,8 @@ def weight_gradient(
     LABELS: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,). ``matrix.T @ packed_x``, over ``ranks`` valid tokens from the ``first_rank``-th, into the rows of
-    ``grad_weight`` from ``first_column``: rounded once, by the ``LAYOUT`` of the weight, or, with ``"sums"``, in
+    """Grid (programs,). ``matrix.T @ packed_x``, over ``ranks`` valid tokens from the ``first_rank``-th, into the rows
+    of ``grad_weight`` from ``first_column``: rounded once, by the ``LAYOUT`` of the weight, or, with ``"sums"``, in
     float32, which may ``ADD`` to what is there.
 
     ``LABELS``: rows of classes that are some token's label go to ``label_rows (tokens, H)`` in float32 as well, at
@@ -82,8 +82,8 @@ def input_gradient(
     ADD: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (programs,). ``rows (ranks, H)``: ``matrix @ weight[columns]`` in float32, for ``ranks`` valid tokens from the
-    ``first_rank``-th, which may ``ADD`` to what is there.
+    """Grid (programs,). ``rows (ranks, H)``: ``matrix @ weight[columns]`` in float32, for ``ranks`` valid tokens from
+    the ``first_rank``-th, which may ``ADD`` to what is there.
 
     With ``SPLIT``, the last ``split_tiles`` token tiles are summed in ``splits`` parts of the columns, to keep all
     programs busy: the first part goes to its tokens' ``rows``, the others to those from the ``first_part``-th.

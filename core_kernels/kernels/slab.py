@@ -19,9 +19,9 @@ def slab_gradient(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each of which takes every ``programs``-th tile. ``slab``, a descriptor of (M, N / 2) blocks:
-    gradient of the raw logits of the valid tokens for ``slab_columns`` columns from ``first_column``, rounded once, with
-    the upstream gradient, which is in the row factors, already in it. The last tile's rows that are no valid token are
-    zero, so that a product over tokens needs no mask.
+    gradient of the raw logits of the valid tokens for ``slab_columns`` columns from ``first_column``, rounded once,
+    with the upstream gradient, which is in the row factors, already in it. The last tile's rows that are no valid token
+    are zero, so that a product over tokens needs no mask.
     """
     count = tl.load(valid_count)
     token_tiles = tl.cdiv(count, M)
@@ -41,7 +41,7 @@ def slab_gradient(
         )  # fmt: skip
         z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)  # columns past the slab are not stored
         label = (tl.load(labels + token, mask=inside, other=-1) - shard).to(tl.int32)
-        base = tl.load(lse_base + token, mask=inside, other=0.0)
+        base = tl.load(lse_base + token, mask=inside, other=float("inf"))  # others have no probabilities
         log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
         target = tl.load(row_target + token, mask=inside, other=0.0)
         soft = target

@@ -40,8 +40,8 @@ def project_statistics(
     relative to it, ``sum_v w_v z_v``.
 
     With ``KEEP`` the exponentials are relative to the label's logit, and are stored, rounded, through a descriptor of
-    (M, N / 2) blocks of ``exponentials``, from the ``first_row``-th on; with a softcap they are times its slope. Rows to
-    the end of the last tile are zero. ``PACKED`` rows of ``x`` begin at ``first_row`` too.
+    (M, N / 2) blocks of ``exponentials``, from the ``first_row``-th on; with a softcap they are times its slope. Rows
+    to the end of the last tile are zero. ``PACKED`` rows of ``x`` begin at ``first_row`` too.
     """
     count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
     token_tiles = tl.cdiv(count, M)
@@ -187,8 +187,8 @@ def repair_tokens(
     SMOOTHING: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of ranks,). Of ``ranks`` valid tokens from the ``first_rank``-th, those whose sum is NaN, or too large
-    to keep its terms, again: relative to the maximum.
+    """Grid (tiles of ranks,). Of ``ranks`` valid tokens from the ``first_rank``-th, those whose sum is NaN, or too
+    large to keep its terms, again: relative to the maximum.
 
     There are next to none, so most programs end at once.
     """

@@ -84,8 +84,8 @@ def test_a_subset_of_gradients_is_the_full_run_without_the_rest(
     assert gradients_of(launches) == [tuple(f"grad_{name}" for name in names)]
     back = launches[-1]
     scratch = {buffer.name for buffer in back.workspace}
-    assert ("grad_rows" in scratch) == ("x" in names)
-    assert ("valid_x" in scratch) == ("weight" in names and back.engine == "triton")
+    sums = "rows" if back.engine == "triton" else "grad_rows"
+    assert (sums in scratch) == ("x" in names)
 
 
 @eager_and_jit

@@ -56,7 +56,8 @@ def temporary_bytes(memory: str | int, differentiated: bool) -> int:
 @pytest.mark.parametrize("memory", ("lean", "auto", 300 * MIB))
 @pytest.mark.parametrize("differentiated", (False, True), ids=("loss", "gradient"))
 def test_the_logits_are_never_held_whole(memory: str | int, differentiated: bool, plans: list[Plan]) -> None:
-    limit = {"lean": 128 * MIB, "auto": 512 * MIB}.get(memory, memory)  # of the slab; the rest is vectors and grad_x
+    # Of all scratch at so many tokens; of the slab; of what was asked for. The rest is vectors and grad_x.
+    limit = {"lean": 308 * MIB, "auto": 512 * MIB}.get(memory, memory)
     taken = temporary_bytes(memory, differentiated)
     assert taken <= limit + 32 * MIB
     assert taken < 16384 * 128000 * 4 / 10
