@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from core_kernels.engine import interpreting
 
 _FOUND: dict[tuple, Any] = {}
-_INT32_MAX = 2**31 - 1
+_INT32 = range(-(2**31), 2**31)
 
 
 def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -41,5 +41,5 @@ def _trait(value: Any) -> Any:
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
     if isinstance(value, int):
-        return value == 1, value % 16 == 0, value > _INT32_MAX
+        return value == 1, value % 16 == 0, value in _INT32
     return value

@@ -251,7 +251,7 @@ def _rows(step: Step, sums: int) -> list[Buffer]:
     if step.keep and "weight" in step.wanted:
         buffers += _label_buffers(n, step.problem.columns)
     if "x" in step.wanted or (step.keep and "weight" in step.wanted):
-        buffers.append(Buffer("rows", (sums, aligned(hidden)), torch.float32))
+        buffers.append(Buffer("rows", (sums, hidden), torch.float32))
     return buffers
 
 
@@ -273,8 +273,7 @@ def _splits(tokens: int, hidden: int, columns: int, tiles: Tiles) -> tuple[int, 
 
 
 def _slab(step: Step, tiles: Tiles, budget: int) -> int:
-    """Columns of the slab: whole tiles, so that slicing never changes a bit, and of the widths that fit in ``budget``
-    the one that keeps the programs busiest.
+    """Columns of the slab: whole tiles, and of the widths that fit in ``budget`` the one that keeps the programs busiest.
 
     A product's time is its rounds of tiles, one a program, times what it sums over; a sum that goes on from the slab
     before is read and stored.

@@ -146,9 +146,9 @@ class Step:
             saved.append(Buffer("exponentials", (n, aligned(self.problem.columns)), self.problem.dtype))
             saved.append(Buffer("label_logit", (n,), torch.float32))
         if "x" in self.ahead:
-            saved.append(Buffer("sum_x", (n, aligned(self.problem.hidden or 0)), torch.float32))
+            saved.append(Buffer("sum_x", (n, self.problem.hidden or 0), torch.float32))
         if "weight" in self.ahead:
-            saved.append(Buffer("sum_weight", (self.problem.columns, aligned(self.problem.hidden or 0)), torch.float32))
+            saved.append(Buffer("sum_weight", (self.problem.columns, self.problem.hidden or 0), torch.float32))
         return tuple(saved)
 
     @property

@@ -28,7 +28,7 @@ from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 TOKEN_BLOCK, PARTS_BLOCK = 16, 64  # tokens that one program finishes, and parts that it reads at a time
 REDUCE_BLOCK = 1024
 LABEL_BLOCK = 64
-HIDDEN_BLOCK = 1024
+HIDDEN_BLOCK, CLEAR_BLOCK = 1024, 32768
 
 
 def linear_loss(plan: Plan, t: Tensors) -> None:
@@ -39,6 +39,8 @@ def linear_loss(plan: Plan, t: Tensors) -> None:
     project_tokens(plan, t, 0, plan.problem.tokens)
     if keep or plan.options.needs_argmax:
         repair_tokens(plan, t, 0, plan.problem.tokens)
+    if keep:
+        _clear_rows(plan, t)
     reduce_tokens(plan, t)
 
 
@@ -168,6 +170,13 @@ def gather_rows(plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tenso
     )
 
 
+def _clear_rows(plan: Plan, t: Tensors) -> None:
+    kept = t["exponentials"]
+    launching(rows.clear_rows, (kept.shape[0], triton.cdiv(kept.shape[1], CLEAR_BLOCK)))(
+        kept, t["valid_count"], kept.stride(0), kept.shape[1], BLOCK=CLEAR_BLOCK
+    )
+
+
 def compact_valid_tokens(plan: Plan, t: Tensors) -> None:
     launching(tokens.compact_valid_tokens, (1,))(
         t["labels"],
@@ -228,6 +237,7 @@ def _project_labels(plan: Plan, t: Tensors) -> None:
         t["label_logit"],
         *t["x"].stride(),
         *t["weight"].stride(),
+        plan.problem.tokens,
         plan.problem.hidden,
         **logit_options(plan),
         BIAS=flags["BIAS"],

@@ -7,7 +7,7 @@ A weight is read through a tensor descriptor of its own layout where its strides
 import triton
 import triton.language as tl
 
-from core_kernels.kernels.logits import final_logits, multiply_add
+from core_kernels.kernels.logits import cap_logits, multiply_add
 
 
 @triton.jit
@@ -73,18 +73,18 @@ def project(
 @triton.jit
 def project_labels(
     x, weight, bias, labels, valid_tokens, valid_count, label_logit,
-    stride_xn, stride_xh, stride_wv, stride_wh, H, logit_scale, softcap,
+    stride_xn, stride_xh, stride_wv, stride_wh, num_tokens, H, logit_scale, softcap,
     BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EVEN_K: tl.constexpr,
     M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of M valid tokens,). ``label_logit (tokens,)``: the final logit of each valid token's label.
+    """Grid (blocks of M tokens,). ``label_logit (tokens,)``: the final logit of each valid token's label, and 0.
 
     It is the diagonal of a product with the labels' rows, summed in the order of ``project``, so that it has the bits
     of the same logit there.
     """
     rank = tl.program_id(0) * M + tl.arange(0, M)
     inside = rank < tl.load(valid_count)
-    token = tl.load(valid_tokens + rank, mask=inside, other=0).to(tl.int64)
+    token = tl.load(valid_tokens + rank, mask=rank < num_tokens, other=0).to(tl.int64)
     label = tl.load(labels + token, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, K)
     x_tile = x + token[:, None] * stride_xn + k[None, :].to(tl.int64) * stride_xh
@@ -104,4 +104,5 @@ def project_labels(
     own = tl.sum(tl.where(i[:, None] == i[None, :], z, 0.0), 1)
     if BIAS:
         own += tl.load(bias + label, mask=inside, other=0.0).to(tl.float32)
-    tl.store(label_logit + token, final_logits(own, inside, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP), mask=inside)
+    own = cap_logits(own, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    tl.store(label_logit + token, tl.where(inside, own, 0.0), mask=rank < num_tokens)

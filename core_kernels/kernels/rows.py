@@ -36,6 +36,18 @@ def gather_rows(
 
 
 @triton.jit
+def clear_rows(rows, valid_count, stride, columns, BLOCK: tl.constexpr):
+    """Grid (ranks, blocks of columns). Zeros in the rows that are no valid token's, which no product has written: what
+    is saved holds no stray NaN.
+    """
+    rank = tl.program_id(0)
+    if rank >= tl.load(valid_count):
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        zero = tl.zeros([BLOCK], tl.float32).to(rows.dtype.element_ty)
+        tl.store(rows + rank.to(tl.int64) * stride + column, zero, mask=column < columns)
+
+
+@triton.jit
 def row_factors(
     labels, valid_tokens, valid_count, row_target, row_soft, row_uniform, label_kept, label_slot, label_logit,
     exponentials, lse_base, saved_log_sum, token_scale, divisors, class_weight, class_weight_sum, grad_loss,

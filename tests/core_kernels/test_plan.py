@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from typing import Any
@@ -11,8 +10,6 @@ import pytest
 import torch
 
 from core_kernels import Buffer, Options, Plan, Problem, Step, plan
-from core_kernels.plan import CPU_SLAB_BYTES, SLAB_BYTES
-from core_kernels.tiles import INTERPRETED
 from tests.core_kernels.problems import (
     EVERYTHING,
     HIDDEN,
@@ -123,7 +120,8 @@ def test_predictions_have_the_dtype_that_is_asked_for(index_dtype: torch.dtype) 
 # ---- no buffer in vain
 
 COMPACTION = {"valid_tokens", "valid_position", "valid_count"}
-STRIPS = {"target_logit", "strip_max", "strip_sum"}
+TILES = {"label_logit", "tile_max", "tile_sum"}
+STRIPS = {"label_logit", "strip_max", "strip_sum"}
 
 
 def plain_sum(engine: str, problem: Callable[..., Problem], class_weight: bool = False, **options: Any) -> Plan:
@@ -140,7 +138,7 @@ def test_a_plain_loss_needs_little(engine: str, problem: Callable[..., Problem])
     if engine == "torch":
         assert names(per_token.workspace) == {"slab"}
     else:
-        assert names(per_token.workspace) == (COMPACTION | STRIPS if problem is linear else set())
+        assert names(per_token.workspace) == (COMPACTION | TILES if problem is linear else set())
         assert names(planned.workspace) == names(per_token.workspace) | {"token_loss", "token_z_loss"}
 
 
@@ -148,10 +146,10 @@ def test_a_plain_loss_needs_little(engine: str, problem: Callable[..., Problem])
     ("options", "class_weight", "outputs", "saved", "workspace"),
     [
         ({"return_z_loss": True}, False, {"z_loss"}, set(), set()),
-        ({"return_token_accuracy": True}, False, {"token_accuracy"}, set(), {"token_correct", "strip_argmax"}),
-        ({"return_predicted_tokens": True}, False, {"predicted_tokens"}, set(), {"strip_argmax"}),
-        ({"label_smoothing": 0.1}, False, set(), set(), {"strip_smooth"}),
-        ({"label_smoothing": 0.1}, True, set(), {"class_weight_sum"}, {"strip_smooth"}),
+        ({"return_token_accuracy": True}, False, {"token_accuracy"}, set(), {"token_correct", "tile_argmax"}),
+        ({"return_predicted_tokens": True}, False, {"predicted_tokens"}, set(), {"tile_argmax"}),
+        ({"label_smoothing": 0.1}, False, set(), set(), {"tile_smooth"}),
+        ({"label_smoothing": 0.1}, True, set(), {"class_weight_sum"}, {"tile_smooth"}),
         ({}, True, set(), set(), set()),
         ({"use_token_scaling": True}, False, set(), {"token_scale"}, set()),
         ({"reduction": "mean"}, False, set(), {"divisors"}, set()),
@@ -173,7 +171,7 @@ def test_an_option_adds_its_buffers_and_no_other(
     without = plain_sum("triton", problem)
     planned = plain_sum("triton", problem, class_weight, **options)
     if problem is logits:
-        workspace = {name for name in workspace if not name.startswith("strip_")}
+        workspace = {name for name in workspace if not name.startswith("tile_")}
     assert names(planned.outputs) - names(without.outputs) == outputs
     assert names(planned.saved) - names(without.saved) == saved
     assert names(planned.workspace) - names(without.workspace) == workspace
@@ -208,9 +206,41 @@ def test_the_gradient_of_a_linear_loss(
     assert gradient.inputs == (*loss.inputs, *(buffer.name for buffer in loss.saved), "grad_loss")
 
     workspace = plan(gradient, CPU).workspace
-    assert (Buffer("grad_rows", (TOKENS, HIDDEN), torch.float32) in workspace) == rows
-    of_kernels = COMPACTION | ({"valid_x"} if "weight" in wanted else set()) if engine == "triton" else set()
-    assert names(workspace) == {"slab"} | of_kernels | ({"grad_rows"} if rows else set())
+    of_torch = {"slab"} | ({"grad_rows"} if rows else set())
+    of_kernels = {"slab", "packed_x", "row_target", "row_soft", "row_uniform"} | COMPACTION
+    assert names(workspace) == (of_torch if engine == "torch" else of_kernels | ({"rows"} if rows else set()))
+    sums = [buffer for buffer in workspace if buffer.name in ("grad_rows", "rows")]
+    assert [(buffer.shape, buffer.dtype) for buffer in sums] == [((TOKENS, HIDDEN), torch.float32)] * rows
+
+
+@pytest.mark.parametrize(
+    ("options", "factors"),
+    [
+        ({}, {"row_target"}),
+        ({"softcap": 5.0, "logit_scale": 2.0, "use_token_scaling": True}, {"row_target"}),
+        ({"lse_square_scale": 0.1}, {"row_target", "row_soft"}),
+        ({"label_smoothing": 0.1}, {"row_target", "row_soft", "row_uniform"}),
+    ],
+    ids=["plain", "scaled", "z_loss", "smoothing"],
+)
+def test_a_row_has_the_factors_that_options_need(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], factors: set[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    planned = plan(Step("loss", linear(), Options(**options), "triton").gradient(["weight"]), CPU)
+    rows = {buffer for buffer in planned.workspace if buffer.name.startswith("row_")}
+    assert rows == {Buffer(name, (TOKENS,), torch.float32) for name in factors}
+
+
+@pytest.mark.parametrize(("hidden", "wanted", "packs"), [(48, "x", False), (48, "weight", True), (40, "x", True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_packed_in_the_gradient_itself_where_a_descriptor_can_read_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, hidden: int, wanted: str, packs: bool
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    loss = Step("loss", linear(hidden=hidden, dtype=dtype), PLAIN, "triton")
+    packed = [buffer for buffer in plan(loss.gradient([wanted]), CPU).workspace if buffer.name == "packed_x"]
+    assert packed == [Buffer("packed_x", (TOKENS, 48), dtype)] * packs
 
 
 def test_the_gradient_of_a_loss_of_given_logits(engine: str) -> None:
@@ -278,88 +308,3 @@ def test_each_group_has_its_own_results(engine: str) -> None:
     assert {shapes[name] for name in ("predicted_tokens", "lse_base", "log_sum")} == {(6 * TOKENS,)}
     per_token = replace(loss, options=replace(EVERYTHING, reduction="none"))
     assert {buffer.shape for buffer in per_token.outputs} == {(6 * TOKENS,)}
-
-
-# ---- memory
-
-LARGE = {"tokens": 8192, "hidden": 4096, "vocab": 128256, "dtype": torch.bfloat16}
-LARGE_LOGITS_BYTES = 8192 * 128256 * 4  # float32
-
-
-@pytest.mark.parametrize("memory", ["lean", "auto", "speed"])
-def test_a_large_problem_is_planned_within_its_slab(engine: str, memory: str) -> None:
-    loss = Step("loss", linear(**LARGE), EVERYTHING, engine, memory)
-    forward = plan(loss, CPU)
-    slab = SLAB_BYTES[memory] if engine == "triton" else CPU_SLAB_BYTES
-    statistics = 64 * 8192 * 16  # bytes: at most 64 strips of four numbers for each token
-    assert nbytes(forward.buffers) <= statistics + (slab if engine == "torch" else 0)
-    assert nbytes(forward.buffers) < LARGE_LOGITS_BYTES / 50
-
-    backward = plan(loss.gradient(["x", "weight", "bias"]), CPU)
-    rows = 8192 * 4096 * (4 + (2 if engine == "triton" else 0))  # grad_rows in float32, valid_x in bf16
-    compaction = 2 * 8192 * 4 + 4
-    assert rows < nbytes(backward.workspace) <= slab + rows + compaction
-    if memory != "speed":
-        assert nbytes(backward.workspace) < LARGE_LOGITS_BYTES / 5
-        assert nbytes(backward.buffers) < LARGE_LOGITS_BYTES / 2  # the gradients themselves included
-
-
-@pytest.mark.parametrize("memory", ["lean", "auto", "speed", 10**9, 3 * 10**8 + 1])
-def test_the_slab_is_whole_tiles_or_all_columns(engine: str, memory: str | int) -> None:
-    for problem in (linear(**LARGE), one_shard(), linear()):
-        backward = plan(Step("loss", problem, PLAIN, engine, memory).gradient(["x", "weight"]), CPU)
-        (slab,) = (buffer for buffer in backward.workspace if buffer.name == "slab")
-        rows, width = slab.shape
-        assert rows == problem.tokens
-        assert backward.slab <= width < backward.slab + 16
-        assert engine == "torch" or width % 16 == 0  # every row starts where a tensor descriptor may
-        assert slab.dtype == (problem.dtype if engine == "triton" else torch.float32)
-        assert backward.slab == problem.columns or backward.slab % backward.tile.n == 0
-        assert 0 < backward.slab <= problem.columns
-    assert backward.slab == VOCAB  # a small problem is one slab
-
-
-@pytest.mark.parametrize("memory", [250_000_000, 512 * 2**20, 2**31 + 7, 2**34])
-def test_a_number_of_bytes_bounds_both_workspaces(engine: str, memory: int) -> None:
-    loss = Step("loss", linear(**LARGE), EVERYTHING, engine, memory)
-    forward, backward = plan(loss, CPU), plan(loss.gradient(["x", "weight", "bias"]), CPU)
-    assert nbytes(forward.workspace) <= memory
-    assert nbytes(backward.workspace) <= memory
-    one_more_tile = 8192 * backward.tile.n * (2 if engine == "triton" else 4)
-    assert backward.slab == LARGE["vocab"] or nbytes(backward.workspace) + one_more_tile > memory
-
-
-def narrow_linear() -> Problem:
-    """A vocab of less than one tile: its slab is the whole vocab, and no wider."""
-    return linear(vocab=5)
-
-
-def one_shard() -> Problem:
-    return replace(linear(vocab=2 * VOCAB), columns=VOCAB, shards=2)
-
-
-@pytest.mark.parametrize("problem", [linear, narrow_linear, logits, one_shard])
-def test_the_least_memory_is_named_and_is_enough(engine: str, problem: Callable[..., Problem]) -> None:
-    step = Step("shard" if problem is one_shard else "loss", problem(), EVERYTHING, engine, memory=0)
-    with pytest.raises(ValueError, match=r"^memory=0 bytes are too few: this call needs at least \d+$") as raised:
-        plan(step, CPU)
-    least = int(str(raised.value).split()[-1])
-    enough = replace(step, memory=least)
-    forward, backward = plan(enough, CPU), plan(enough.gradient(step.inputs), CPU)
-    assert max(nbytes(forward.workspace), nbytes(backward.workspace)) == least
-    with pytest.raises(ValueError, match=f"^memory={least - 1} bytes are too few: this call needs at least {least}$"):
-        plan(replace(step, memory=least - 1), CPU)
-
-
-def test_the_least_memory_of_the_gradient_is_named_and_is_enough(engine: str) -> None:
-    """The error is that of the loss, long before the gradient is asked for."""
-    loss = Step("loss", linear(), replace(PLAIN, reduction="none"), engine)
-    of_kernels = TOKENS * math.ceil(HIDDEN / 16) * 16 * 4 + 2 * TOKENS * 4 + 4  # valid_x, and the compaction
-    least = TOKENS * HIDDEN * 4 + TOKENS * INTERPRETED.n * 4  # grad_rows, and a slab of one tile
-    least += of_kernels if engine == "triton" else 0
-    enough = replace(loss, memory=least)
-    assert plan(enough, CPU).step == enough
-    backward = plan(enough.gradient(["x", "weight"]), CPU)
-    assert (nbytes(backward.workspace), backward.slab) == (least, backward.tile.n)
-    with pytest.raises(ValueError, match=f"^memory={least - 1} bytes are too few: this call needs at least {least}$"):
-        plan(replace(loss, memory=least - 1), CPU)

@@ -16,6 +16,7 @@ METRICS = {
     "return_counts": True,
 }
 EVERYTHING = {"label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 8.0, "logit_scale": 0.7}
+SERVED = {"lse_square_scale": 0.01, "softcap": 8.0, "logit_scale": 0.7, "use_token_scaling": True}
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,22 @@ def _peaked(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
     labels[10] = (labels[10] + 1) % case.vocab
 
 
+def _far(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
+    """Labels whose logits lie so many nats below the largest: past them exponentials relative to theirs overflow."""
+    arrays["weight"] /= arrays["weight"].norm(dim=1, keepdim=True)
+    for token, nats in enumerate((20.0, 39.0, 45.0, 87.0, 100.0, 700.0), 3):
+        labels[token] = 2 * token
+        arrays["weight"][2 * token + 1] = -arrays["weight"][2 * token]
+        arrays["x"][token] = nats / 2 * arrays["weight"][2 * token + 1]
+
+
+def _shared_labels(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
+    """A label that most tokens share, and others of eight tokens, of nine and of two; not all of them side by side."""
+    labels[1:-1] = 17
+    for label, tokens in ((16, 8), (18, 9), (case.vocab - 1, 2)):
+        labels[label % 16 + 1 : -1 : 3][:tokens] = label
+
+
 def _same_rows(arrays: dict[str, Tensor], labels: Tensor, case: Case) -> None:
     """All rows alike, as an expanded tensor has them."""
     rows = arrays["x"] if case.operation == "linear" else arrays["logits"]
@@ -191,6 +208,8 @@ DATA = {
     "large": _large,
     "lowest": _lowest,
     "peaked": _peaked,
+    "far": _far,
+    "shared_labels": _shared_labels,
     "same_rows": _same_rows,
 }
 
@@ -274,6 +293,14 @@ def _table() -> list[Case]:
         add(f"{name}_everything", linear, dtype=dtype, bias=True, class_weight=True, **options(**EVERYTHING))
         add(f"{name}_everything", logits, dtype=dtype, class_weight=True, **options(**EVERYTHING))
         add(f"{name}_peaked", linear, dtype=dtype, data="peaked")
+
+    # What kept exponentials serve, and what falls back.
+    small = replace(linear, dtype=torch.bfloat16, vocab=101)
+    add("bf16_far", small, data="far")
+    add("bf16_served_options", small, class_weight=True, data="half_ignored", **options(**SERVED))
+    add("bf16_transposed_weight", small, vocab=104, layout="transposed_weight")
+    add("bf16_broken_x", small, leading=(13,), data="broken_x", **options(reduction="none"))
+    add("bf16_masked_start", small, leading=(13,), bias=True, data="masked_start")
 
     # Gradients that fp16 holds only with a loss scale in them.
     add("fp16_loss_scale", *both, dtype=torch.float16, leading=(53,), vocab=301, upstream=65536.0)

@@ -18,7 +18,7 @@ Results = dict[str, np.ndarray]  # OUTPUTS, and grad_*, in the dtypes they came 
 def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
     import torch_api
 
-    arrays = {k: _to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
+    arrays = {k: to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
     labels, upstream = inputs.labels.to(device), inputs.upstream.to(device)
     class_weight = None if inputs.class_weight is None else inputs.class_weight.to(device)
     if case.operation == "linear":
@@ -98,7 +98,7 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A leaf of its own with the strides kept, gaps and expanded dimensions included (``.to`` would pack them)."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     if not tensor.numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -28,19 +29,26 @@ gpu_only = pytest.mark.skipif(not on_gpu(), reason="needs a GPU's allocator and 
 # ---- the slab
 
 
-def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, int, int]:
-    """Arguments whose vocab spans four slabs of the least size; the bytes of one slab, and of the rest."""
+def slab_problem(device: torch.device, dtype: torch.dtype, **options: Any) -> tuple[Arguments, int, int, int]:
+    """Arguments whose vocab spans four slabs of the least size; its columns, its bytes, and those of the rest."""
     arguments = {name: t.detach() for name, t in random_arguments(fused_linear_cross_entropy, device).items()}
     tokens = arguments["target"].numel()
-    problem = linear_problem(
-        Argument("input", (tokens, HIDDEN), dtype),
-        Argument("weight", (VOCAB, HIDDEN), dtype),
-        Argument("target", (tokens,), torch.int64),
-        None,
-        None,
-    )
-    planned = plan(Step("loss", problem, Options()).gradient(["x", "weight"]), device)
-    vocab = 3 * planned.tile.n + 5
+
+    def planned_for(vocab: int) -> Plan:
+        problem = linear_problem(
+            Argument("input", (tokens, HIDDEN), dtype),
+            Argument("weight", (vocab, HIDDEN), dtype),
+            Argument("target", (tokens,), torch.int64),
+            Argument("bias", (vocab,), dtype),
+            None,
+        )
+        return plan(Step("loss", problem, Options(**options)).gradient(["x", "weight", "bias"]), device)
+
+    planned = planned_for(VOCAB)
+    width = planned.tiles.slab.n
+    if planned.engine == "triton":
+        width = max(width, planned.tiles.grad_weight.m)
+    vocab = 3 * width + 5
     torch.manual_seed(2)
     leaves = {
         "input": torch.randn(tokens, HIDDEN),
@@ -50,8 +58,9 @@ def slab_problem(device: torch.device, dtype: torch.dtype) -> tuple[Arguments, i
     arguments |= {name: leaf.to(device, dtype).requires_grad_() for name, leaf in leaves.items()}
     del arguments["ce_weight"]
 
+    planned = planned_for(vocab)
     (slab,) = (buffer for buffer in planned.workspace if buffer.name == "slab")
-    return arguments, tokens * planned.tile.n * slab.dtype.itemsize, planned.workspace_bytes - slab.nbytes
+    return arguments, width, tokens * width * slab.dtype.itemsize, planned.workspace_bytes - slab.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,33 +68,36 @@ def test_memory_does_not_change_the_result(
     device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
     launches = record_launches(monkeypatch)
-    arguments, slab, rest = slab_problem(device, dtype)
+    arguments, width, slab, rest = slab_problem(device, dtype, label_smoothing=0.1)
     results = []
     for memory in ("speed", "auto", "lean", rest + slab, rest + 2 * slab, rest + 3 * slab):
         loss = fused_linear_cross_entropy(**arguments, label_smoothing=0.1, memory=memory)
         results.append({"loss": loss} | gradients(loss, arguments))
     backward = [launched for launched in launches if launched.step.kind == "gradient"]
-    tile = backward[0].tile.n
     vocab = len(arguments["weight"])
-    assert [launched.slab for launched in backward] == [vocab, vocab, vocab, tile, 2 * tile, 3 * tile]
+    *slabs, last = (launched.slab for launched in backward)
+    assert slabs == [vocab, vocab, vocab, width, 2 * width]
+    assert last in (2 * width, 3 * width)  # of those that fit, the one that keeps the programs busier
 
     first, *others = results
+    sums_in_parts = backward[0].splits > 1  # of which slabs have more or fewer columns
     for other in others:
         if backward[0].engine == "triton":
-            assert_all_same_bits(other, first)
-        else:  # the products' shapes decide in which order the BLAS sums
-            torch.testing.assert_close(other, first, rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-6)
+            in_order = [name for name in first if not (sums_in_parts and name == "input")]
+            assert_all_same_bits({name: other[name] for name in in_order}, {name: first[name] for name in in_order})
+        # the products' shapes decide in which order the BLAS sums
+        torch.testing.assert_close(other, first, rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-6)
 
 
 @pytest.mark.parametrize("memory", [0, 1, 100])
 def test_too_little_memory_raises(device: torch.device, memory: int) -> None:
-    arguments, _, _ = slab_problem(device, torch.float32)
+    arguments, *_ = slab_problem(device, torch.float32)
     with pytest.raises(ValueError, match=f"memory={memory} bytes are too few: this call needs at least [0-9]+"):
         fused_linear_cross_entropy(**arguments, memory=memory)
 
 
 def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) -> None:
-    arguments, slab, rest = slab_problem(device, torch.float32)
+    arguments, _, slab, rest = slab_problem(device, torch.float32)
     memory = rest + slab - 1
     message = f"memory={memory} bytes are too few: this call needs at least {rest + slab}"
     with pytest.raises(ValueError, match=message):
