@@ -1,0 +1,104 @@
+"""An enabled model: its class with a forward pass whose head defers the logits where there are labels."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, make_dataclass, replace
+from functools import cache, wraps
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from torch_api.transformers.deferred import defer, intercepted
+from torch_api.transformers.labels import Labels
+from torch_api.transformers.session import Session, Settings
+
+FLAGS = ("return_token_accuracy", "return_predicted_tokens")  # that a single call may set
+METRICS = ("token_accuracy", "num_correct", "num_valid", "predicted_tokens")  # in the order in which outputs have them
+
+
+@dataclass
+class Fusion:
+    """What an enabled model carries: its settings, and whether it has warned."""
+
+    settings: Settings
+    warned: bool = field(default=False, init=False)
+
+    def forward(self, model: PreTrainedModel, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        flags = {name: kwargs.pop(name) for name in FLAGS if kwargs.get(name) is not None}
+        settings = replace(self.settings, **flags)
+        kwargs = {**dict(zip(_names(type(model)), args, strict=False)), **kwargs}
+        labels = [name for name in ("labels", "shift_labels") if isinstance(kwargs.get(name), Tensor)]
+        head = model.get_output_embeddings()
+        if not labels or head is None:
+            return forward(model, **kwargs)
+        session = Session(settings, self.warn)
+        shape = kwargs[labels[-1]].shape
+        if not settings.plain:
+            kwargs |= {name: Labels.track(kwargs[name], session) for name in labels}
+        with intercepted(head, defer(head, session)):
+            outputs = forward(model, **kwargs)
+        session.open = False
+        return _with(outputs, session.metrics(shape))
+
+    def warn(self, name: str) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right "
+                "and the memory is not saved. This is said once.",
+                stacklevel=2,
+            )
+
+
+@cache
+def _names(model_class: type) -> tuple[str, ...]:
+    """The arguments that a forward pass takes by position."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]
+
+
+@cache
+def fused_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class with an added wish of its instances: where they carry a :class:`Fusion`, it runs their forward pass."""
+
+    @wraps(model_class.forward)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        fusion = self.__dict__.get("_fusion")
+        if fusion is None:
+            return model_class.forward(self, *args, **kwargs)
+        return fusion.forward(self, model_class.forward, args, kwargs)
+
+    def reduce(self: PreTrainedModel, protocol: int) -> Any:
+        return _blank, (model_class,), self.__getstate__()
+
+    names = {name: getattr(model_class, name) for name in ("__doc__", "__module__", "__qualname__")}
+    members = {"forward": forward, "__reduce_ex__": reduce, "_plain_class": model_class}
+    return type(model_class.__name__, (model_class,), names | members)
+
+
+def _blank(model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    fused = fused_class(model_class)
+    return fused.__new__(fused)
+
+
+def _with(outputs: Any, metrics: dict[str, Tensor]) -> Any:
+    """The outputs and the metrics: in a tuple they come last, whatever else there is."""
+    if not metrics:
+        return outputs
+    metrics = {name: metrics[name] for name in METRICS if name in metrics}
+    if isinstance(outputs, tuple):
+        return outputs + tuple(metrics.values())
+    return _output_class(type(outputs))(**outputs, **metrics)
+
+
+@cache
+def _output_class(output_class: type[ModelOutput]) -> type[ModelOutput]:
+    """The class with fields for the metrics: what distributed wrappers take apart and put together has to have them."""
+    names = {name: getattr(output_class, name) for name in ("__doc__", "__module__")}
+    own = {f.name for f in fields(output_class)}
+    added = [(name, Tensor | None, None) for name in METRICS if name not in own]
+    return make_dataclass(output_class.__name__, added, bases=(output_class,), namespace=names)
