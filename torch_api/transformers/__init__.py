@@ -65,8 +65,10 @@ def enable(
         return_predicted_tokens=return_predicted_tokens,
     )  # raises on what makes no sense
     base = _base(model)
-    if base.get_output_embeddings() is None:
-        raise ValueError(f"model must have output embeddings, which {type(base).__name__} has not")
+    head = base.get_output_embeddings()
+    if head is None or isinstance(head, nn.ModuleList):
+        found = "none" if head is None else f"a list of {len(head)}"
+        raise ValueError(f"model must have one output embedding, got {type(base).__name__} with {found}")
     settings = Settings(return_token_accuracy, return_predicted_tokens, label_smoothing, lse_square_scale, memory)
     base._fusion = Fusion(settings)
     if not hasattr(base, "_plain_class"):
