@@ -59,8 +59,10 @@ _ZAMBA = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {"attn_layer_indices": [1]},
     "CohereCompassForCausalLM": {
-        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-                            for kind in ("full_attention", "sliding_attention")},
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+            for kind in ("full_attention", "sliding_attention")
+        },
     },
     "DbrxForCausalLM": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"moe_top_k": 2}},
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 2},
@@ -77,7 +79,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Mistral4ForCausalLM": {"head_dim": 32},
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "Qwen4ExpForCausalLM": {
-        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
         "indexer_compress_ratio": 4,
     },
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3, "lru_width": 64},
@@ -201,16 +206,26 @@ def compare(name: str) -> Result:
     ):
         warnings.simplefilter("always")
         outputs, fused_loss, fused_gradients = step()
-    assert gradients.keys() == fused_gradients.keys()
-    whole = torch.stack([g.norm() for g in gradients.values()]).norm()
-    errors = {n: float((fused_gradients[n] - g).norm() / g.norm().clamp(min=1e-6 * whole)) for n, g in gradients.items()}
-    worst = max(errors, key=errors.get)
+    error, worst = gradient_error(fused_gradients, gradients)
     said = [str(w.message) for w in caught if "logits that were to be left out" in str(w.message)]
     return Result(
         name,
         fused.called and not said,
         said[0].split("`")[1] if said else "" if fused.called else "no fused loss",
         float((fused_loss - loss).abs() / loss.abs()),
-        errors[worst],
+        error,
         worst,
+    )
+
+
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """The greatest relative error in norm of any parameter's gradient, and the parameter's name.
+
+    One whose gradient is less than a millionth of all of it is measured by that: it is zero but for rounding.
+    """
+    assert found.keys() == expected.keys()
+    whole = torch.stack([g.float().norm() for g in expected.values()]).norm()
+    return max(
+        (float((found[name] - g).float().norm() / g.float().norm().clamp(min=1e-6 * whole)), name)
+        for name, g in expected.items()
     )

@@ -48,6 +48,7 @@ class _HeadInput(Tensor):
     project: Project
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             hidden = tree_map_only(_HeadInput, lambda t: t.as_subclass(Tensor), (args, kwargs or {}))
@@ -76,14 +77,16 @@ class _Projection:
         """``compute(hidden, weight, bias)``, within the head's forward if its weight is whole nowhere else."""
         with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
             if self.weight.untyped_storage().size() == 0 < self.weight.numel():  # FSDP has freed it
+                if not self.session.open:  # to gather it again, all ranks would have to look
+                    raise RuntimeError(_LATE.format("is sharded again", "before the backward pass"))
                 with intercepted(self.head, compute):
                     return self.head(hidden)
             if _versions(self.weight, self.bias) != self.versions:
-                raise RuntimeError(
-                    "the logits of this forward pass were not computed, and its weights have been changed since: "
-                    "read `outputs.logits` before the optimizer's step"
-                )
+                raise RuntimeError(_LATE.format("has been changed since", "before the optimizer's step"))
             return compute(hidden, self.weight, self.bias)
+
+
+_LATE = "these logits were left out, and the weight that they need {}: look at them {}, or disable(model) before it runs"
 
 
 def defer(head: nn.Module, session: Session) -> Project:
@@ -127,6 +130,7 @@ class _Logits:
     grad: bool = field(default_factory=torch.is_grad_enabled)
     children: weakref.WeakSet[_Logits] = field(default_factory=weakref.WeakSet)
     value: Tensor | None = field(default=None, init=False)
+    written: bool = field(default=False, init=False)
 
     def tensor(self) -> Deferred:
         projection = self.projection
@@ -146,7 +150,23 @@ class _Logits:
             self.value = value
         return value
 
-    def then(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], **changes: Any) -> Deferred:
+    def replay(self, product: Tensor) -> Tensor:
+        """What the steps make of the head's product."""
+        if self.step is None:
+            return product
+        parent, func, args, kwargs = self.step
+        return func(parent.replay(product), *args, **kwargs)
+
+    def settle(self) -> None:
+        """Compute what was made of these logits, before they are written to."""
+        self.written = True
+        for child in self.children:
+            child.real()
+            child.settle()
+
+    def then(
+        self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], **changes: Any
+    ) -> Deferred:
         changes = {"grad": self.grad and torch.is_grad_enabled(), **changes}
         child = replace(self, step=(self, func, args, kwargs), children=weakref.WeakSet(), **changes)
         self.children.add(child)
@@ -179,6 +199,7 @@ class Deferred(Tensor):
     state: _Logits
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
@@ -287,7 +308,7 @@ _STEPS: dict[str, Callable[..., Changes]] = {
 }
 # What is known without the logits.
 _FACTS = {
-    "__hash__", "__len__", "_version", "device", "dim", "dtype", "element_size", "get_device", "grad_fn", "is_complex",
+    "__hash__", "__len__", "_base", "_is_view", "_version", "device", "dim", "dtype", "element_size", "get_device", "grad_fn", "is_complex",
     "is_contiguous", "is_cpu", "is_cuda", "is_floating_point", "is_inference", "is_leaf", "is_meta", "is_mps",
     "is_nested", "is_quantized", "is_signed", "is_sparse", "is_xpu", "layout", "names", "ndim", "ndimension", "nelement",
     "numel", "register_hook", "requires_grad", "shape", "size", "stride",
@@ -308,11 +329,18 @@ class _Defer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        projection = ctx.state.projection
-        inputs = [projection.hidden, projection.weight, projection.bias]
-        wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
-        grads = iter(torch.autograd.grad(ctx.state.real(), wanted, grad, retain_graph=True))
-        return None, *(next(grads) if needed else None for needed in ctx.needs_input_grad[1:])
+        state, needed = ctx.state, ctx.needs_input_grad[1:]
+        if state.written:
+            raise RuntimeError("logits that were written to cannot be differentiated by a function that is not torch's")
+
+        def gradients(*inputs: Tensor | None) -> Any:
+            leaves = [None if t is None else t.detach().requires_grad_(n) for t, n in zip(inputs, needed, strict=True)]
+            with torch.enable_grad():
+                logits = state.replay(F.linear(*leaves))
+            found = iter(torch.autograd.grad(logits, [t for t in leaves if t is not None and t.requires_grad], grad))
+            return tuple(next(found) if n else None for n in needed)
+
+        return None, *state.projection.run(gradients, state.projection.hidden)
 
 
 def _look(func: Callable[..., Any], args: Any, kwargs: Any, writes: bool) -> Any:
@@ -328,7 +356,6 @@ def _look(func: Callable[..., Any], args: Any, kwargs: Any, writes: bool) -> Any
         tensor.state.projection.session.warn(name_of(func))
     if writes:
         for tensor in seen:
-            for child in tensor.state.children:
-                child.real()
+            tensor.state.settle()
     result = func(*real_args, **real_kwargs)
     return next((t for t in seen if t.state.value is result), result)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -28,6 +29,7 @@ class Fusion:
     settings: Settings
     warned: bool = field(default=False, init=False)
 
+    @torch.compiler.disable(recursive=False)
     def forward(self, model: PreTrainedModel, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         flags = {name: kwargs.pop(name) for name in FLAGS if kwargs.get(name) is not None}
         settings = replace(self.settings, **flags)
@@ -51,7 +53,7 @@ class Fusion:
             warnings.warn(
                 f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right "
                 "and the memory is not saved. This is said once.",
-                stacklevel=2,
+                stacklevel=5,  # whoever looked
             )
 
 
@@ -85,6 +87,7 @@ def _blank(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     return fused.__new__(fused)
 
 
+@torch.compiler.disable
 def _with(outputs: Any, metrics: dict[str, Tensor]) -> Any:
     """The outputs and the metrics: in a tuple they come last, whatever else there is."""
     if not metrics:

@@ -39,6 +39,7 @@ class Labels(Tensor):
         return _tracked(labels, positions, session, labels.numel())
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plain_args, plain_kwargs = tree_map_only(Labels, plain, (args, kwargs))

@@ -42,7 +42,9 @@ class Session:
         self._counts: list[tuple[Tensor, Tensor]] = []  # correct, valid
         self._predictions: list[tuple[Tensor, Tensor]] = []  # positions in the labels, predicted tokens
 
-    def loss(self, compute: Callable[..., Tensor | CrossEntropyOutput], positions: Tensor | None, **call: Any) -> Tensor:
+    def loss(
+        self, compute: Callable[..., Tensor | CrossEntropyOutput], positions: Tensor | None, **call: Any
+    ) -> Tensor:
         """The loss by `compute`, with this pass's options over those of the `call`; its metrics are kept.
 
         `positions` says of each token which of the labels it is, if that is known.
