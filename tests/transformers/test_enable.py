@@ -91,7 +91,9 @@ def expected_predictions(logits: Tensor, labels: Tensor) -> Tensor:
     ],
     ids=str,
 )
-def test_step_is_the_models_own(name: str, more: dict[str, Any], batch: dict[str, Tensor], device: torch.device) -> None:
+def test_step_is_the_models_own(
+    name: str, more: dict[str, Any], batch: dict[str, Tensor], device: torch.device
+) -> None:
     enabled, plain = make(name, device)
     if more.get("ignore_index"):
         batch["labels"] = batch["labels"].where(batch["labels"] != IGNORED, 5)

@@ -86,7 +86,9 @@ class _Projection:
             return compute(hidden, self.weight, self.bias)
 
 
-_LATE = "these logits were left out, and the weight that they need {}: look at them {}, or disable(model) before it runs"
+_LATE = (
+    "these logits were left out, and the weight that they need {}: look at them {}, or disable(model) before it runs"
+)
 
 
 def defer(head: nn.Module, session: Session) -> Project:

@@ -18,7 +18,7 @@ from torch_api.transformers.deferred import defer, intercepted
 from torch_api.transformers.labels import Labels
 from torch_api.transformers.session import Session, Settings
 
-FLAGS = ("return_token_accuracy", "return_predicted_tokens")  # that a single call may set
+FLAGS = ("return_token_accuracy", "return_predicted_tokens", "use_token_scaling")  # that a single call may set
 METRICS = ("token_accuracy", "num_correct", "num_valid", "predicted_tokens")  # in the order in which outputs have them
 
 
@@ -33,6 +33,7 @@ class Fusion:
     def forward(self, model: PreTrainedModel, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         flags = {name: kwargs.pop(name) for name in FLAGS if kwargs.get(name) is not None}
         settings = replace(self.settings, **flags)
+        kwargs.pop("skip_logits", None)  # trainers say it to Liger-Kernel's models; here they are always put off
         kwargs = {**dict(zip(_names(type(model)), args, strict=False)), **kwargs}
         labels = [name for name in ("labels", "shift_labels") if isinstance(kwargs.get(name), Tensor)]
         head = model.get_output_embeddings()

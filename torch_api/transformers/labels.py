@@ -56,6 +56,8 @@ class Labels(Tensor):
         if func is F.cross_entropy:
             call = CrossEntropyCall.of(args, kwargs)
             if isinstance(call.target, Labels) and call.fits(call.input):
+                if call.target.session.settings.use_token_scaling:
+                    raise ValueError("use_token_scaling must be False where the loss is not fused with the head")
                 return call.target.session.loss(
                     lambda **options: cross_entropy(call.input, plain(call.target), weight=call.weight, **options),
                     call.target.positions,

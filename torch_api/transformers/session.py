@@ -21,6 +21,7 @@ class Settings:
     label_smoothing: float = 0.0
     lse_square_scale: float = 0.0
     memory: str | int = "auto"
+    use_token_scaling: bool = False  # of a single call, as TRL's SFTTrainer asks for with `loss_type="dft"`
 
     @property
     def metrics(self) -> bool:
@@ -29,7 +30,7 @@ class Settings:
     @property
     def plain(self) -> bool:
         """Whether the loss is asked for nothing that the model's own would not give."""
-        return not (self.metrics or self.label_smoothing or self.lse_square_scale)
+        return not (self.metrics or self.label_smoothing or self.lse_square_scale or self.use_token_scaling)
 
 
 class Session:
@@ -55,6 +56,8 @@ class Session:
             return result
         call["label_smoothing"] = call["label_smoothing"] or self.settings.label_smoothing
         call["lse_square_scale"] = self.settings.lse_square_scale
+        if self.settings.use_token_scaling:
+            call["use_token_scaling"] = True
         predicts = self.settings.return_predicted_tokens and positions is not None
         result = compute(return_counts=self.settings.metrics, return_predicted_tokens=predicts, **call)
         if isinstance(result, Tensor):
