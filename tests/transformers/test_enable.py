@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -16,9 +18,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from transformers import BartForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from tests.support import on_gpu
 from tests.transformers.families import VOCAB, gradient_error, tiny_model
 from torch_api.transformers import disable, enable
 from torch_api.transformers.deferred import Deferred
@@ -63,7 +66,7 @@ def assert_same_step(enabled: PreTrainedModel, plain: PreTrainedModel, **batch: 
 
 def assert_left_out(logits: Tensor) -> None:
     assert isinstance(logits, Deferred)
-    state = logits.state
+    state = logits.logits
     while state is not None:
         assert state.value is None
         state = state.step[0] if state.step else None
@@ -102,7 +105,7 @@ def test_step_is_the_models_own(
 
 def test_scale_and_softcap_are_those_of_the_config(batch: dict[str, Tensor], device: torch.device) -> None:
     model, _ = make("Gemma2ForCausalLM", device)
-    state = model(**batch).logits.state
+    state = model(**batch).logits.logits
     cap = model.config.final_logit_softcapping
     assert (state.capped, state.post) == (True, cap)
     assert state.scale == pytest.approx(1 / cap, rel=1e-15)
@@ -141,17 +144,42 @@ def test_labels_and_hidden_states_by_position(batch: dict[str, Tensor], device: 
     assert "predicted_tokens" in enabled(*arguments)
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "ProphetNetForCausalLM"])  # fused, and not to be fused
-def test_label_smoothing_and_z_loss(name: str, batch: dict[str, Tensor], device: torch.device) -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_label_smoothing_and_z_loss(fused: bool, batch: dict[str, Tensor], device: torch.device) -> None:
     e, z = 0.1, 0.02
-    model, plain = make("LlamaForCausalLM", device, label_smoothing=e, lse_square_scale=z)
+    model, plain = make("CohereForCausalLM", device, label_smoothing=e, lse_square_scale=z, **METRICS)
+    if not fused:
+        model.logit_scale = torch.tensor(model.logit_scale)  # a factor that might have a gradient
     outputs = model(**batch)
-    logits = plain(input_ids=batch["input_ids"]).logits[:, :-1].double()
-    labels = batch["labels"][:, 1:]
+    assert isinstance(outputs.logits, Deferred) == fused
+    every = plain(**batch).logits
+    logits, labels = every[:, :-1].double(), batch["labels"][:, 1:]
     valid = labels != IGNORED
     token = F.cross_entropy(logits[valid], labels[valid], label_smoothing=e, reduction="none")
     expected = (token + z * logits[valid].logsumexp(-1) ** 2).mean()
     torch.testing.assert_close(outputs.loss.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(outputs.predicted_tokens, expected_predictions(every, batch["labels"]))
+
+
+def test_token_scaling(batch: dict[str, Tensor], device: torch.device) -> None:
+    """What TRL's SFTTrainer asks for with `loss_type="dft"`."""
+    model, plain = make("LlamaForCausalLM", device)
+    logits, labels = plain(**batch).logits[:, :-1].double(), batch["labels"][:, 1:]
+    valid = labels != IGNORED
+    token = F.cross_entropy(logits[valid], labels[valid], reduction="none")
+    scaled = model(**batch, use_token_scaling=True, skip_logits=True).loss
+    torch.testing.assert_close(scaled.double(), (token * (-token).exp()).mean(), rtol=1e-6, atol=0)
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits + 1)
+    with pytest.raises(ValueError, match="use_token_scaling must be False where the loss is not fused"):
+        model(**batch, use_token_scaling=True)
+
+
+@pytest.mark.skipif(not on_gpu(), reason="labels on another device need two")
+def test_labels_on_another_device(batch: dict[str, Tensor], device: torch.device) -> None:
+    enabled, plain = make("LlamaForCausalLM", device, **METRICS)
+    batch["labels"] = batch["labels"].cpu()
+    assert_same_step(enabled, plain, **batch)
+    assert enabled(**batch).predicted_tokens.device == device
 
 
 def test_a_batch_without_a_valid_label_has_loss_0(batch: dict[str, Tensor], device: torch.device) -> None:
@@ -426,7 +454,7 @@ def test_compiled(batch: dict[str, Tensor], device: torch.device) -> None:
 
 
 def test_errors(device: torch.device) -> None:
-    with pytest.raises(TypeError, match="model must be a model of transformers, .* got Linear"):
+    with pytest.raises(TypeError, match=r"model must be a model of transformers, .* got Linear"):
         enable(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="one output embedding, got LlamaModel with none"):
         enable(tiny_model("LlamaForCausalLM").model)
@@ -439,8 +467,5 @@ def test_errors(device: torch.device) -> None:
 
 
 def test_importing_torch_api_does_not_import_transformers() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, torch_api; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

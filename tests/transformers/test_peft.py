@@ -9,7 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+import peft
 
 from tests.transformers.families import gradient_error, tiny_model
 from tests.transformers.test_enable import assert_left_out, expected_predictions, gradients, make_batch

@@ -21,6 +21,13 @@ from tests.transformers.families import VOCAB, tiny_model
 from torch_api.transformers import deferred, enable
 
 IGNORED = -100
+QUIET: dict[str, Any] = {
+    "report_to": [],
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": not torch.cuda.is_available(),
+    "dataloader_pin_memory": False,
+}
 
 
 def examples(count: int, length: int = 12) -> list[dict[str, Tensor]]:
@@ -37,10 +44,17 @@ def examples(count: int, length: int = 12) -> list[dict[str, Tensor]]:
 
 def make_trainer(model: PreTrainedModel, folder: Path, **more: Any) -> Trainer:
     arguments = TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=2, per_device_eval_batch_size=3, max_steps=4,
-        gradient_accumulation_steps=3, learning_rate=0.1, lr_scheduler_type="constant", optim="sgd", logging_steps=1, report_to=[],
-        save_strategy="no", disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=4,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=3,
+        gradient_accumulation_steps=3,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        logging_steps=1,
+        **QUIET,
+    )
     return Trainer(model, arguments, train_dataset=examples(24), eval_dataset=examples(7), **more)
 
 
@@ -70,7 +84,7 @@ def test_evaluation_never_sees_logits(tmp_path: Path, monkeypatch: pytest.Monkey
     plain = tiny_model("LlamaForCausalLM")
     model = enable(copy.deepcopy(plain), return_predicted_tokens=True)
     recipe = {"preprocess_logits_for_metrics": predicted_tokens, "compute_metrics": accuracy}
-    monkeypatch.setattr(deferred._Logits, "real", lambda *_: pytest.fail("logits were computed"))
+    monkeypatch.setattr(deferred.Logits, "real", lambda *_: pytest.fail("logits were computed"))
     found = make_trainer(model, tmp_path, **recipe).predict(examples(7))
     expected = make_trainer(plain, tmp_path).predict(examples(7))
     predictions = np.pad(expected.predictions.argmax(-1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -93,11 +107,18 @@ def test_trl_reads_the_accuracy(tmp_path: Path) -> None:
     model = enable(tiny_model("LlamaForCausalLM"))
     off = dict.fromkeys(("rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm", "swiglu"), False)
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to=[],
-        save_strategy="no", use_cpu=not torch.cuda.is_available(), disable_tqdm=True, bf16=False,
-        gradient_checkpointing=False, use_liger_kernel=True, liger_kernel_config=off,
-        dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_liger_kernel=True,
+        liger_kernel_config=off,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        **QUIET,
+    )
     rows = datasets.Dataset.from_list([{"input_ids": e["input_ids"].tolist()} for e in examples(8)])
     trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer())
     asked: list[float] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -70,9 +70,10 @@ def enable(
         found = "none" if head is None else f"a list of {len(head)}"
         raise ValueError(f"model must have one output embedding, got {type(base).__name__} with {found}")
     settings = Settings(return_token_accuracy, return_predicted_tokens, label_smoothing, lse_square_scale, memory)
-    base._fusion = Fusion(settings)
+    vars(base)["_fusion"] = Fusion(settings)
     if not hasattr(base, "_plain_class"):
-        base.__class__ = fused_class(type(base))
+        model_class: Any = type(base)
+        base.__class__ = fused_class(model_class)
     return model
 
 
@@ -89,13 +90,14 @@ def disable(model: Model) -> Model:
         >>> model = disable(enable(model))
     """
     base = _base(model)
-    base.__dict__.pop("_fusion", None)
-    if type(base) is fused_class(getattr(base, "_plain_class", type(base))):  # and none that was made from it
-        base.__class__ = base._plain_class
+    vars(base).pop("_fusion", None)
+    plain_class: Any = getattr(base, "_plain_class", None)
+    if plain_class is not None and type(base) is fused_class(plain_class):  # and no class that was made from it
+        base.__class__ = plain_class
     return model
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
+def _base(model: Any) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
         raise TypeError(

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
-from torch_api.transformers.deferred import defer, intercepted
+from torch_api.transformers.deferred import defer
+from torch_api.transformers.head import intercepted
 from torch_api.transformers.labels import Labels
 from torch_api.transformers.session import Session, Settings
 
@@ -30,11 +30,12 @@ class Fusion:
     warned: bool = field(default=False, init=False)
 
     @torch.compiler.disable(recursive=False)
-    def forward(self, model: PreTrainedModel, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-        flags = {name: kwargs.pop(name) for name in FLAGS if kwargs.get(name) is not None}
-        settings = replace(self.settings, **flags)
+    def forward(self, model: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's `forward`, and with labels its metrics."""
+        flags = {name: kwargs.pop(name, None) for name in FLAGS}
+        settings = replace(self.settings, **{name: flag for name, flag in flags.items() if flag is not None})
         kwargs.pop("skip_logits", None)  # trainers say it to Liger-Kernel's models; here they are always put off
-        kwargs = {**dict(zip(_names(type(model)), args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(_names(model.__class__), args, strict=False)), **kwargs}
         labels = [name for name in ("labels", "shift_labels") if isinstance(kwargs.get(name), Tensor)]
         head = model.get_output_embeddings()
         if not labels or head is None:
@@ -59,14 +60,14 @@ class Fusion:
 
 
 @cache
-def _names(model_class: type) -> tuple[str, ...]:
-    """The arguments that a forward pass takes by position."""
+def _names(model_class: Any) -> tuple[str, ...]:
+    """What a forward pass calls its arguments, in their order."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
 @cache
-def fused_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class with an added wish of its instances: where they carry a :class:`Fusion`, it runs their forward pass."""
+def fused_class(model_class: Any) -> Any:
+    """The class with a forward pass that is run by the :class:`Fusion` of its instance, if it has one."""
 
     @wraps(model_class.forward)
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +84,7 @@ def fused_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(model_class.__name__, (model_class,), names | members)
 
 
-def _blank(model_class: type[PreTrainedModel]) -> PreTrainedModel:
+def _blank(model_class: Any) -> PreTrainedModel:
     fused = fused_class(model_class)
     return fused.__new__(fused)
 
@@ -96,11 +97,12 @@ def _with(outputs: Any, metrics: dict[str, Tensor]) -> Any:
     metrics = {name: metrics[name] for name in METRICS if name in metrics}
     if isinstance(outputs, tuple):
         return outputs + tuple(metrics.values())
-    return _output_class(type(outputs))(**outputs, **metrics)
+    output_class: Any = type(outputs)
+    return _output_class(output_class)(**outputs, **metrics)
 
 
 @cache
-def _output_class(output_class: type[ModelOutput]) -> type[ModelOutput]:
+def _output_class(output_class: Any) -> Any:
     """The class with fields for the metrics: what distributed wrappers take apart and put together has to have them."""
     names = {name: getattr(output_class, name) for name in ("__doc__", "__module__")}
     own = {f.name for f in fields(output_class)}

@@ -26,12 +26,14 @@ class Labels(Tensor):
     """A tensor of labels with its positions among the labels that the model was given.
 
     Attributes:
-        positions: int64, like the labels; the number of the model's labels where it is none of them.
+        positions: int64, like the labels; `total` where it is none of them.
         session: the forward pass they belong to.
+        total: how many labels the model was given.
     """
 
     positions: Tensor
     session: Session
+    total: int
 
     @staticmethod
     def track(labels: Tensor, session: Session) -> Labels:

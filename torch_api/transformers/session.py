@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_api.output import CrossEntropyOutput
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -43,27 +41,23 @@ class Session:
         self._counts: list[tuple[Tensor, Tensor]] = []  # correct, valid
         self._predictions: list[tuple[Tensor, Tensor]] = []  # positions in the labels, predicted tokens
 
-    def loss(
-        self, compute: Callable[..., Tensor | CrossEntropyOutput], positions: Tensor | None, **call: Any
-    ) -> Tensor:
+    def loss(self, compute: Callable[..., Any], positions: Tensor | None, **call: Any) -> Tensor:
         """The loss by `compute`, with this pass's options over those of the `call`; its metrics are kept.
 
         `positions` says of each token which of the labels it is, if that is known.
         """
         if not self.open:
-            result = compute(**call)
-            assert isinstance(result, Tensor)
-            return result
+            return compute(**call)
         call["label_smoothing"] = call["label_smoothing"] or self.settings.label_smoothing
         call["lse_square_scale"] = self.settings.lse_square_scale
         if self.settings.use_token_scaling:
             call["use_token_scaling"] = True
+        if not self.settings.metrics:
+            return compute(**call)
         predicts = self.settings.return_predicted_tokens and positions is not None
-        result = compute(return_counts=self.settings.metrics, return_predicted_tokens=predicts, **call)
-        if isinstance(result, Tensor):
-            return result
+        result = compute(return_counts=True, return_predicted_tokens=predicts, **call)
         self._counts.append((result.num_correct.sum(), result.num_valid.sum()))
-        if predicts:
+        if positions is not None and predicts:
             self._predictions.append((positions.flatten(), result.predicted_tokens.flatten()))
         return result.loss
 
