@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.support import on_gpu
@@ -180,6 +180,32 @@ def test_labels_on_another_device(batch: dict[str, Tensor], device: torch.device
     batch["labels"] = batch["labels"].cpu()
     assert_same_step(enabled, plain, **batch)
     assert enabled(**batch).predicted_tokens.device == device
+
+
+def test_a_loss_of_ones_own(batch: dict[str, Tensor], device: torch.device) -> None:
+    """It is fused as the model's is, and its predictions are for the labels that it is made of."""
+    enabled, plain = make("LlamaForCausalLM", device, **METRICS)
+    kept = batch["labels"] % 3 != 0
+
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        labels = labels[:, 1:].masked_fill(labels[:, 1:] % 3 == 0, IGNORED)
+        labels = torch.where(labels == 4, IGNORED, labels)
+        return 3 * F.cross_entropy(logits[:, :-1].reshape(-1, vocab_size), labels.reshape(-1), reduction="sum")
+
+    enabled.loss_function = plain.loss_function = loss
+    assert_same_step(enabled, plain, **batch)
+    kept &= (batch["labels"] != IGNORED) & (batch["labels"] != 4)
+    expected = expected_predictions(plain(**batch).logits, batch["labels"].where(kept, IGNORED))
+    assert torch.equal(enabled(**batch).predicted_tokens, expected)
+
+    def others(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+        return F.cross_entropy(logits.view(-1, vocab_size), batch["input_ids"].view(-1))
+
+    enabled.loss_function = others
+    with pytest.warns(UserWarning, match="there are no predicted tokens, because the loss is not of the labels"):
+        outputs = enabled(**batch)
+    assert outputs.num_valid == batch["input_ids"].numel()
+    assert "predicted_tokens" not in outputs
 
 
 def test_a_batch_without_a_valid_label_has_loss_0(batch: dict[str, Tensor], device: torch.device) -> None:
@@ -366,6 +392,27 @@ def test_functions_that_do_not_ask_get_gradients_too(batch: dict[str, Tensor], d
     assert gradient_error(*found)[0] < 1e-5
 
 
+@pytest.mark.skipif(not on_gpu(), reason="measures the GPU's memory")
+def test_a_step_takes_no_memory_for_logits(device: torch.device) -> None:
+    config = LlamaConfig(
+        vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).to(device)
+    ids = torch.randint(config.vocab_size, (2, 2048), device=device)
+    logits = ids.numel() * config.vocab_size * 4  # bytes
+    extra = {}
+    for prepare in (disable, lambda model: enable(model, memory="lean", **METRICS)):
+        prepare(model)
+        for _ in range(2):  # the first makes the gradients, and compiles
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(input_ids=ids, labels=ids).loss.backward()
+        extra[prepare] = torch.cuda.max_memory_allocated() - before
+    plain, enabled = extra.values()
+    assert plain > 2 * logits
+    assert enabled < logits / 2
+
+
 def test_logits_after_the_weights_have_changed_are_an_error(batch: dict[str, Tensor], device: torch.device) -> None:
     model, _ = make("LlamaForCausalLM", device)
     outputs = model(**batch)
@@ -383,6 +430,15 @@ def test_what_the_model_does_to_logits_is_named_once(batch: dict[str, Tensor], d
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         enabled(**batch)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_of_a_pass_without_gradients(mode: Any, batch: dict[str, Tensor], device: torch.device) -> None:
+    enabled, plain = make("Gemma2ForCausalLM", device)
+    with mode():
+        ours, theirs = enabled(**batch).logits, plain(**batch).logits
+    assert not (ours.requires_grad or ours.exp().requires_grad)  # looked at with gradients on
+    assert torch.equal(ours.exp(), theirs.exp())
 
 
 # ---- what does not change

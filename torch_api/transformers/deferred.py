@@ -159,7 +159,10 @@ def _look(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     def real(tensor: Deferred) -> Tensor:
         seen.append(tensor)
-        tensor.logits.projection.session.warn(name)
+        tensor.logits.projection.session.warn(
+            f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right and "
+            "the memory is not saved."
+        )
         return tensor.logits.real()
 
     args, kwargs = tree_map_only(Deferred, real, (args, kwargs))

@@ -49,14 +49,10 @@ class Fusion:
         session.open = False
         return _with(outputs, session.metrics(shape))
 
-    def warn(self, name: str) -> None:
+    def warn(self, sentence: str) -> None:
         if not self.warned:
             self.warned = True
-            warnings.warn(
-                f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right "
-                "and the memory is not saved. This is said once.",
-                stacklevel=5,  # whoever looked
-            )
+            warnings.warn(f"{sentence} This is said once.", stacklevel=5)  # of whoever looked
 
 
 @cache

@@ -19,7 +19,7 @@ _MOVES = {
     "__getitem__", "clone", "contiguous", "detach", "flatten", "long", "narrow", "pad", "permute", "reshape", "squeeze",
     "to", "transpose", "unsqueeze", "view",
 }  # fmt: skip
-_EDITS = {"masked_fill"}  # what changes some of them, and leaves them where they are
+_EDITS = {"masked_fill", "where"}  # what changes some of them, and leaves them where they are
 
 
 class Labels(Tensor):
@@ -37,24 +37,29 @@ class Labels(Tensor):
 
     @staticmethod
     def track(labels: Tensor, session: Session) -> Labels:
-        positions = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
-        return _tracked(labels, positions, session, labels.numel())
+        tracked = labels.as_subclass(Labels)
+        tracked.positions = torch.arange(labels.numel(), device=labels.device).view(labels.shape)
+        tracked.session, tracked.total = session, labels.numel()
+        return tracked
 
     @classmethod
     @torch.compiler.disable
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         plain_args, plain_kwargs = tree_map_only(Labels, plain, (args, kwargs))
-        labels = args[0] if args else None
+        labels = next((a for a in args if isinstance(a, Labels)), None)
         name = name_of(func)
-        if isinstance(labels, Labels) and name in _MOVES | _EDITS:
-            moved = func(*plain_args, **plain_kwargs)
-            positions = labels.positions
+        if labels is not None and name in _EDITS:
+            edited = func(*plain_args, **plain_kwargs)
+            return _tracked(edited, labels) if edited.shape == labels.shape else edited
+        if labels is not None and labels is args[0] and name in _MOVES:
+            moved = _tracked(func(*plain_args, **plain_kwargs), labels)
             if name == "pad":
-                positions = F.pad(positions, args[1] if len(args) > 1 else kwargs["pad"], value=labels.total)
-            elif name in _MOVES:
-                positions = func(positions, *plain_args[1:], **plain_kwargs)
-            return _tracked(moved, positions, labels.session, labels.total)
+                pad = args[1] if len(args) > 1 else kwargs["pad"]
+                moved.positions = F.pad(labels.positions, pad, value=labels.total)
+            else:
+                moved.positions = func(labels.positions, *plain_args[1:], **plain_kwargs)
+            return moved
         if func is F.cross_entropy:
             call = CrossEntropyCall.of(args, kwargs)
             if isinstance(call.target, Labels) and call.fits(call.input):
@@ -74,7 +79,7 @@ def plain(labels: Tensor) -> Tensor:
         return labels.as_subclass(Tensor) if isinstance(labels, Labels) else labels
 
 
-def _tracked(labels: Tensor, positions: Tensor, session: Session, total: int) -> Labels:
-    tracked = labels.as_subclass(Labels)
-    tracked.positions, tracked.session, tracked.total = positions, session, total
+def _tracked(tensor: Tensor, labels: Labels) -> Labels:
+    tracked = tensor.as_subclass(Labels)
+    tracked.positions, tracked.session, tracked.total = labels.positions, labels.session, labels.total
     return tracked

@@ -36,7 +36,7 @@ class Session:
 
     def __init__(self, settings: Settings, warn: Callable[[str], None]) -> None:
         self.settings = settings
-        self.warn = warn  # called with the name of what needs the real logits
+        self.warn = warn  # called with a sentence; one is said of each model
         self.open = True  # until the forward pass returns: what is done with the logits later is the caller's own
         self._counts: list[tuple[Tensor, Tensor]] = []  # correct, valid
         self._predictions: list[tuple[Tensor, Tensor]] = []  # positions in the labels, predicted tokens
@@ -75,4 +75,6 @@ class Session:
             for positions, tokens in self._predictions:
                 predicted[positions] = tokens
             found["predicted_tokens"] = predicted[:spare].view(shape)
+        elif self.settings.return_predicted_tokens:
+            self.warn("there are no predicted tokens, because the loss is not of the labels that the model was given.")
         return found
