@@ -65,7 +65,7 @@ def predictions(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def contenders(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> dict[str, Callable[[], dict[str, Tensor]]]:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=DEVICE.type == "cuda")
 
     def step(prepare: Callable[[], Any], training: bool, argmax: bool) -> dict[str, Tensor]:
         prepare()

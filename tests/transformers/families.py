@@ -223,7 +223,7 @@ def compare(name: str) -> Result:
         note = "its predictions are not those of its logits"
     else:
         note = ""
-    loss_error = float((outputs.loss - expected.loss).abs() / expected.loss.abs())
+    loss_error = float((outputs.loss - expected.loss).detach().abs() / expected.loss.detach().abs())
     return Result(name, not note, note, loss_error, *gradient_error(gradients, expected_gradients))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
 import subprocess
 import sys
 import warnings
+import weakref
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from tests.support import on_gpu
 from tests.transformers.families import VOCAB, gradient_error, tiny_model
 from torch_api.transformers import disable, enable
 from torch_api.transformers.deferred import Deferred
+from torch_api.transformers.head import intercepted
 
 METRICS = {"return_token_accuracy": True, "return_predicted_tokens": True}
 IGNORED = -100
@@ -413,6 +416,19 @@ def test_a_step_takes_no_memory_for_logits(device: torch.device) -> None:
     assert enabled < logits / 2
 
 
+def test_a_pass_holds_nothing_when_its_outputs_are_gone(batch: dict[str, Tensor], device: torch.device) -> None:
+    model, _ = make("LlamaForCausalLM", device, **METRICS)
+    outputs = model(**batch)
+    outputs.loss.backward()
+    hidden = weakref.ref(outputs.logits.logits.projection.hidden)
+    gc.disable()  # no cycles either
+    try:
+        del outputs
+        assert hidden() is None
+    finally:
+        gc.enable()
+
+
 def test_logits_after_the_weights_have_changed_are_an_error(batch: dict[str, Tensor], device: torch.device) -> None:
     model, _ = make("LlamaForCausalLM", device)
     outputs = model(**batch)
@@ -504,6 +520,31 @@ def test_compiled(batch: dict[str, Tensor], device: torch.device) -> None:
     expected = plain(**batch)
     torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-5, atol=0)
     assert torch.equal(outputs.predicted_tokens, expected_predictions(expected.logits, batch["labels"]))
+
+
+def test_a_replica_of_data_parallel_is_on_its_own() -> None:
+    head = nn.Linear(4, 3)
+    replica = head._replicate_for_data_parallel()  # in one thread while the other one runs in another
+    replica.weight, replica.bias = head.weight, head.bias
+    x = torch.randn(2, 4)
+    with intercepted(replica, lambda hidden, weight, bias: "caught"):
+        assert torch.equal(head(x), F.linear(x, head.weight, head.bias))
+        assert replica(x) == "caught"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_offloaded_weights(training: bool, batch: dict[str, Tensor], device: torch.device) -> None:
+    """They are there while their module runs, and on the meta device before and after."""
+    accelerate = pytest.importorskip("accelerate")
+    enabled, plain = make("LlamaForCausalLM", device, **METRICS)
+    accelerate.cpu_offload(enabled, execution_device=device)
+    with torch.set_grad_enabled(training):
+        ours, theirs = enabled(**batch), plain(**batch)
+    assert enabled.lm_head.weight.is_meta
+    assert_left_out(ours.logits)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
+    assert torch.equal(ours.predicted_tokens, expected_predictions(theirs.logits, batch["labels"]))
+    assert torch.equal(ours.logits.exp(), theirs.logits.exp())
 
 
 # ---- what is refused

@@ -42,7 +42,7 @@ def examples(count: int, length: int = 12) -> list[dict[str, Tensor]]:
     return made
 
 
-def make_trainer(model: PreTrainedModel, folder: Path, **more: Any) -> Trainer:
+def make_trainer(model: PreTrainedModel, folder: Path, bf16: bool = False, **more: Any) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=4,
@@ -53,6 +53,7 @@ def make_trainer(model: PreTrainedModel, folder: Path, **more: Any) -> Trainer:
         lr_scheduler_type="constant",
         optim="sgd",
         logging_steps=1,
+        bf16=bf16,
         **QUIET,
     )
     return Trainer(model, arguments, train_dataset=examples(24), eval_dataset=examples(7), **more)
@@ -78,6 +79,18 @@ def test_accumulated_gradients_train_as_the_models_own_loss(tmp_path: Path) -> N
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for ours, theirs in zip(enabled.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_mixed_precision_leaves_logits_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `accelerate` casts the outputs of the model, logits and all, to float32."""
+    plain = tiny_model("LlamaForCausalLM")
+    enabled = enable(copy.deepcopy(plain), return_predicted_tokens=True)
+    trainers = [make_trainer(model, tmp_path, bf16=True) for model in (plain, enabled)]
+    trainers[0].train()
+    monkeypatch.setattr(deferred.Logits, "real", lambda *_: pytest.fail("logits were computed"))
+    trainers[1].train()
+    expected, losses = ([log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in trainers)
+    np.testing.assert_allclose(losses, expected, rtol=2e-3)  # the plain model rounds its logits to 8 bits
 
 
 def test_evaluation_never_sees_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,15 +159,15 @@ def _look(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     def real(tensor: Deferred) -> Tensor:
         seen.append(tensor)
+        return tensor.logits.real()
+
+    args, kwargs = tree_map_only(Deferred, real, (args, kwargs))
+    for tensor in seen:
         tensor.logits.projection.session.warn(
             f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right and "
             "the memory is not saved."
         )
-        return tensor.logits.real()
-
-    args, kwargs = tree_map_only(Deferred, real, (args, kwargs))
-    if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
-        for tensor in seen:
+        if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             tensor.logits.settle()
     result = func(*args, **kwargs)
     return next((t for t in seen if t.logits.value is result), result)  # what wrote to it returns it

@@ -27,7 +27,9 @@ def intercepted(head: nn.Module, linear: Linear) -> Iterator[None]:
     """Within it the linear layer of `head` is `linear`; its own ``forward`` and hooks run as ever."""
 
     def wrap(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not args or type(args[0]) not in (Tensor, _HeadInput):  # a DTensor has ways of its own
+        if module is not head or not args:  # replicas of DataParallel have their hooks in common
+            return args
+        if type(args[0]) not in (Tensor, _HeadInput):  # a DTensor has ways of its own
             return args
         return _head_input(args[0], linear), *args[1:]
 
