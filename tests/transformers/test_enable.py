@@ -243,6 +243,13 @@ def test_autocast(batch: dict[str, Tensor], device: torch.device) -> None:
     assert all(g.dtype == torch.float32 for g in gradients(ours.loss, enabled).values())
 
 
+def test_in_64_bits_the_loss_is_the_models_own(batch: dict[str, Tensor], device: torch.device) -> None:
+    enabled, plain = (model.double() for model in make("LlamaForCausalLM", device))
+    with pytest.warns(UserWarning, match="did not run as a linear layer of plain tensors in 32 or 16 bits"):
+        ours = enabled(**batch).loss
+    assert torch.equal(ours, plain(**batch).loss)
+
+
 # ---- metrics
 
 
@@ -545,6 +552,41 @@ def test_offloaded_weights(training: bool, batch: dict[str, Tensor], device: tor
     torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
     assert torch.equal(ours.predicted_tokens, expected_predictions(theirs.logits, batch["labels"]))
     assert torch.equal(ours.logits.exp(), theirs.logits.exp())
+
+
+def test_a_weight_that_is_whole_in_the_heads_own_pass_alone(batch: dict[str, Tensor], device: torch.device) -> None:
+    """As with ZeRO-3, which replaces its data; FSDP2 is in `test_parallel.py`."""
+    enabled, plain = make("LlamaForCausalLM", device)
+    head, whole = enabled.lm_head, enabled.lm_head.weight.data
+
+    def gather(*_: Any) -> None:
+        head.weight.data = whole
+
+    def release(*_: Any) -> None:
+        head.weight.data = whole.new_empty(0)
+
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(release)
+    release()
+    ours, theirs = enabled(**batch), plain(**batch)
+    assert head.weight.numel() == 0
+    with pytest.raises(RuntimeError, match="is sharded again: look at them before the backward pass"):
+        ours.logits.exp()
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=0)
+    ours.loss.register_hook(gather)
+    assert gradient_error(gradients(ours.loss, enabled), gradients(theirs.loss, plain))[0] < 1e-4
+
+
+def test_a_backward_hook_of_the_head_is_called(batch: dict[str, Tensor], device: torch.device) -> None:
+    """It wants the gradient of the logits, and of what the head is given as it is, so there are logits."""
+    enabled, plain = make("LlamaForCausalLM", device)
+    found = []
+    for model in (enabled, plain):
+        model.lm_head.register_full_backward_hook(lambda module, inputs, outputs: found.append(outputs[0]))
+    with pytest.warns(UserWarning, match="the head, a Linear, did not run as a linear layer of plain tensors"):
+        ours = gradients(enabled(**batch).loss, enabled)
+    assert gradient_error(ours, gradients(plain(**batch).loss, plain))[0] < 1e-6
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
 # ---- what is refused

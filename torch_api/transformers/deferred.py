@@ -37,6 +37,7 @@ def defer(head: nn.Module, session: Session) -> Linear:
         supported = hidden.dtype in SUPPORTED and weight.dtype in SUPPORTED and type(weight) in (Tensor, nn.Parameter)
         if not (alike and supported):
             return F.linear(hidden, weight, bias)
+        session.deferred = True
         return Logits(projection, None, (*hidden.shape[:-1], len(weight)), projection.dtype, hidden).tensor()
 
     return linear
@@ -74,7 +75,11 @@ class Deferred(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # What comes here was called from C++, below autograd, which uses the tensor's own `grad_fn`.
-        args, kwargs = tree_map_only(Deferred, lambda t: t.logits.real(keep=False).detach(), (args, kwargs or {}))
+        def real(tensor: Deferred) -> Tensor:
+            tensor.logits.warn(name_of(func))
+            return tensor.logits.real(keep=False).detach()
+
+        args, kwargs = tree_map_only(Deferred, real, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -137,6 +142,12 @@ class Logits:
             self.value = value
         return value
 
+    def warn(self, name: str) -> None:
+        self.projection.session.warn(
+            f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right and "
+            "the memory is not saved."
+        )
+
     def replay(self, product: Tensor) -> Tensor:
         """What the steps make of the head's product."""
         if self.step is None:
@@ -163,10 +174,7 @@ def _look(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
     args, kwargs = tree_map_only(Deferred, real, (args, kwargs))
     for tensor in seen:
-        tensor.logits.projection.session.warn(
-            f"`{name}` needs logits that were to be left out, so they are computed in full: the results are right and "
-            "the memory is not saved."
-        )
+        tensor.logits.warn(name)
         if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
             tensor.logits.settle()
     result = func(*args, **kwargs)

@@ -47,12 +47,17 @@ class Fusion:
         with intercepted(head, defer(head, session)):
             outputs = forward(model, **kwargs)
         session.open = False
+        if not session.deferred:
+            self.warn(
+                f"the head, a {type(head).__name__}, did not run as a linear layer of plain tensors in 32 or 16 bits, "
+                "so the logits are computed in full: the results are right and the memory is not saved."
+            )
         return _with(outputs, session.metrics(shape))
 
     def warn(self, sentence: str) -> None:
         if not self.warned:
             self.warned = True
-            warnings.warn(f"{sentence} This is said once.", stacklevel=5)  # of whoever looked
+            warnings.warn(f"{sentence} This is said once.", stacklevel=6)  # of whoever looked
 
 
 @cache

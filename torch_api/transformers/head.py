@@ -78,13 +78,14 @@ class Projection:
     weight: Tensor
     bias: Tensor | None
     autocast: torch.dtype | None
+    shape: torch.Size  # of the weight
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, head: nn.Module, session: Session, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Projection:
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return cls(head, session, hidden, weight, bias, autocast, _versions(weight, bias))
+        return cls(head, session, hidden, weight, bias, autocast, weight.shape, _versions(weight, bias))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,7 +94,7 @@ class Projection:
     def run(self, linear: Linear, hidden: Tensor) -> Any:
         """``linear(hidden, weight, bias)``, within the head's forward pass if its weight is whole nowhere else."""
         with torch.autocast(hidden.device.type, self.autocast, enabled=self.autocast is not None):
-            if self.weight.untyped_storage().size() == 0 < self.weight.numel():  # FSDP has freed it
+            if self.weight.shape != self.shape or self.weight.untyped_storage().size() == 0:  # ZeRO or FSDP freed it
                 if not self.session.open:  # to gather it again, all ranks would have to look
                     raise RuntimeError(_LATE.format("is sharded again", "before the backward pass"))
                 with intercepted(self.head, linear):

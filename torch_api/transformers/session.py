@@ -38,6 +38,7 @@ class Session:
         self.settings = settings
         self.warn = warn  # called with a sentence; one is said of each model
         self.open = True  # until the forward pass returns: what is done with the logits later is the caller's own
+        self.deferred = False  # whether the head has left logits out
         self._counts: list[tuple[Tensor, Tensor]] = []  # correct, valid
         self._predictions: list[tuple[Tensor, Tensor]] = []  # positions in the labels, predicted tokens
 
