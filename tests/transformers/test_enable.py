@@ -211,6 +211,18 @@ def test_a_loss_of_ones_own(batch: dict[str, Tensor], device: torch.device) -> N
     assert "predicted_tokens" not in outputs
 
 
+def test_metrics_of_another_loss(batch: dict[str, Tensor], device: torch.device) -> None:
+    enabled, plain = make("LlamaForCausalLM", device, **METRICS)
+    enabled.loss_function = plain.loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    with pytest.warns(UserWarning, match="`square` needs logits"):
+        outputs = enabled(**batch)
+    assert torch.equal(outputs.loss, plain(**batch).loss) and "token_accuracy" not in outputs
+    enabled.loss_function = lambda logits, labels, **kwargs: labels.float().mean()
+    enable(enabled, **METRICS)
+    with pytest.warns(UserWarning, match="there are no metrics, because the loss is no cross entropy"):
+        assert "token_accuracy" not in enabled(**batch)
+
+
 def test_a_batch_without_a_valid_label_has_loss_0(batch: dict[str, Tensor], device: torch.device) -> None:
     model, _ = make("LlamaForCausalLM", device, **METRICS)
     outputs = model(input_ids=batch["input_ids"], labels=torch.full_like(batch["labels"], IGNORED))

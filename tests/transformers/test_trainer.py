@@ -110,7 +110,7 @@ def test_evaluation_never_sees_logits(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 0 < right < 1
 
 
-def test_trl_reads_the_accuracy(tmp_path: Path) -> None:
+def test_trl_reads_the_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The versions of TRL's SFTTrainer that ask a model for it, as they ask Liger-Kernel's."""
     trl = pytest.importorskip("trl")
     pytest.importorskip("liger_kernel")
@@ -136,6 +136,7 @@ def test_trl_reads_the_accuracy(tmp_path: Path) -> None:
     trainer = trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer())
     asked: list[float] = []
     model.register_forward_hook(lambda module, inputs, outputs: asked.append(float(outputs.token_accuracy)))
+    monkeypatch.setattr(deferred.Logits, "real", lambda *_: pytest.fail("logits were computed"))
     trainer.train()
     logged = [log["mean_token_accuracy"] for log in trainer.state.log_history if "mean_token_accuracy" in log]
     assert len(logged) == 2

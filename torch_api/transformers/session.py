@@ -65,6 +65,10 @@ class Session:
     def metrics(self, shape: torch.Size) -> dict[str, Tensor]:
         """The metrics of all losses of the pass, by the names of the outputs' fields; none if there was no loss."""
         if not self._counts:
+            if self.settings.metrics:
+                self.warn(
+                    "there are no metrics, because the loss is no cross entropy of rows of logits with the labels."
+                )
             return {}
         correct, valid = (sum(counts) for counts in zip(*self._counts, strict=True))
         found = {"num_correct": correct, "num_valid": valid}
