@@ -93,12 +93,15 @@ def test_mixed_precision_leaves_logits_out(tmp_path: Path, monkeypatch: pytest.M
     np.testing.assert_allclose(losses, expected, rtol=2e-3)  # the plain model rounds its logits to 8 bits
 
 
-def test_evaluation_never_sees_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ignored", [None, ["logits", "past_key_values", "cache"]])
+def test_evaluation_never_sees_logits(
+    ignored: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = tiny_model("LlamaForCausalLM")
     model = enable(copy.deepcopy(plain), return_predicted_tokens=True)
     recipe = {"preprocess_logits_for_metrics": predicted_tokens, "compute_metrics": accuracy}
     monkeypatch.setattr(deferred.Logits, "real", lambda *_: pytest.fail("logits were computed"))
-    found = make_trainer(model, tmp_path, **recipe).predict(examples(7))
+    found = make_trainer(model, tmp_path, **recipe).predict(examples(7), ignore_keys=ignored)
     expected = make_trainer(plain, tmp_path).predict(examples(7))
     predictions = np.pad(expected.predictions.argmax(-1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     assert found.predictions.shape == found.label_ids.shape == (7, 12)

@@ -74,6 +74,8 @@ def index(logits: Logits, index: Any) -> Changes:
     parts = list(index) if isinstance(index, tuple) else [index]
     if any(isinstance(p, bool) or not isinstance(p, (int, slice, list, Tensor, type(...))) for p in parts):
         return None
+    if any(isinstance(p, Tensor) and p.dtype == torch.uint8 for p in parts):  # a mask, of old
+        return None
     dims = [p.dim() if isinstance(p, Tensor) and p.dtype == torch.bool else int(p is not ...) for p in parts]
     holes = [i for i, p in enumerate(parts) if p is ...]
     if len(holes) > 1 or sum(dims) > len(tokens) + 1:
