@@ -273,7 +273,7 @@ def _splits(tokens: int, hidden: int, columns: int, tiles: Tiles) -> tuple[int, 
 
 
 def _slab(step: Step, tiles: Tiles, budget: int) -> int:
-    """Columns of the slab: whole tiles, and of the widths that fit in ``budget`` the one that keeps the programs busiest.
+    """Columns of the slab: whole tiles, of the widths that fit in ``budget`` the one that keeps the programs busiest.
 
     A product's time is its rounds of tiles, one a program, times what it sums over; a sum that goes on from the slab
     before is read and stored.

@@ -91,6 +91,38 @@ def visible(token: str) -> str:
     return token.replace("\n", "⏎")
 
 
+def save_passage(run: Run, text: list[str], labels: np.ndarray, vocabulary: list[str], path: Path) -> None:
+    """What :func:`print_passage` prints of one run, as a picture: each token, and under it its prediction."""
+    columns, lines = 96, [[]]  # of characters; each line's cells: column, token, prediction, colour
+    column = 0
+    for place, token in enumerate(text):
+        asked = place > 0 and labels[place - 1] >= 0
+        predicted = vocabulary[run.passage[place - 1]] if asked else ""
+        cell = visible(token), visible(predicted).rstrip()
+        width = max(map(len, cell))
+        if lines[-1] and ("\n" in token or column + width > columns):
+            lines.append([])
+            column = 0
+        lines[-1].append((column, *cell, "tab:green" if predicted == token else "tab:red" if asked else "grey"))
+        column += width
+
+    figure, axes = plt.subplots(figsize=(11, 0.5 * len(lines) + 0.6), layout="constrained")
+    axes.set(xlim=(-7, columns), ylim=(len(lines), 0))
+    axes.set_axis_off()
+    axes.set_title("A held-out passage, and under each token its prediction: right in green, wrong in red", loc="left")
+    font = {"family": "monospace", "fontsize": 11.5, "va": "center"}
+    for i, line in enumerate(lines):
+        for offset, name in ((0.3, "text"), (0.65, run.frontend)):
+            axes.text(-1.5, i + offset, name, color="grey", ha="right", **font)
+        for column, token, predicted, colour in line:
+            axes.text(column, i + 0.3, token, color="grey" if colour == "grey" else "black", **font)
+            weight = "bold" if colour == "tab:green" else "normal"
+            axes.text(column, i + 0.65, predicted, color=colour, weight=weight, **font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def save_curves(runs: list[Run], uniform: float, unigram: float, path: Path) -> None:
     """Loss and accuracy of every step and of the held-out evaluations, all runs in one picture."""
     figure, (loss_axes, accuracy_axes) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")

@@ -78,3 +78,17 @@ def test_sharded_lm_learns_what_one_device_would(tokens: int, vocab: int) -> Non
     for name in ("loss", "accuracy"):
         sharded, plain = _numbers(rf"held-out {name} ([\d.]+) on the mesh, ([\d.]+) on one device", printed)
         assert sharded == pytest.approx(plain, rel=1e-5)
+
+
+def test_finetune_hf_learns_without_logits(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    picture = tmp_path / "passage.png"
+    printed = _run("finetune_hf.py", "--steps", "20", "--batch-size", "4", "--plot", picture)
+    before, after = _numbers(r"held-out loss ([\d.]+) before training, ([\d.]+) after", printed)
+    assert before > 8.0  # about log 4096, if not worse: it knows nothing
+    assert after < before - 1.5
+    (accuracy,) = _numbers(r"held-out accuracy [\d.]+ before training, ([\d.]+) after", printed)
+    assert accuracy > 0
+    assert re.search(r"^ text │ .*def .*\nLlama │ ", printed, re.MULTILINE)
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -63,3 +63,11 @@ def test_the_table_of_costs_is_that_of_the_results_file() -> None:
             row = results["shapes"][shape]["rows"][label]
             extra = f" ({row['extra_mib']:.0f})" if "extra_mib" in row else ""
             assert cell == f"{row['over_floor']:.2f}{extra}", (label, shape)
+
+
+def test_the_counts_of_models_are_those_of_the_table() -> None:
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    rows = re.findall(r"^\| (\w+ForCausalLM) \| (yes|no) \| (.*) \|$", page, re.MULTILINE)
+    fused = sum(answer == "yes" for _, answer, _ in rows)
+    assert f"of the {len(rows)} classes" in README and f"`ForCausalLM`, {fused} are fused" in README
+    assert all(bool(reason) == (answer == "no") for _, answer, reason in rows)
