@@ -40,8 +40,9 @@ class TorchPasses:
 
     def step(self) -> Result:
         self.forward()
-        self.loss.backward()
-        return Result(self.loss.detach(), self.logits.grad)
+        loss, self.loss = self.loss, None  # its graph is used up
+        loss.backward()
+        return Result(loss.detach(), self.logits.grad)
 
 
 class JaxPasses:

@@ -45,7 +45,9 @@ def summary(results: dict) -> str:
         targets_table(LOGITS, results, ["logits"]) if "logits" in results else "",
         "Where a peer is ahead of the best of ours:",
         "\n".join(f"- {line}" for line in ahead(shapes)) or "- Nowhere, of what was measured.",
-        "![Time over floor and extra memory against tokens and vocab](docs/benchmark_scaling.png)",
+        "![Time over floor and extra memory against tokens and vocab](docs/benchmark_scaling.png)"
+        if "scaling" in results
+        else "",
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -150,7 +150,7 @@ def test_logits_are_never_whole_in_memory(device: torch.device, monkeypatch: pyt
     assert evaluation_bytes <= planned_bytes(evaluation)
     assert evaluation_bytes < LARGE_LOGITS_BYTES / 50
     assert training_bytes <= planned_bytes(forward, backward)
-    assert training_bytes < LARGE_LOGITS_BYTES / 4
+    assert training_bytes < LARGE_LOGITS_BYTES / 2
 
 
 @gpu_only
