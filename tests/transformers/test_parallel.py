@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 from tests.torch_api.process import on_every_rank
 from tests.transformers.families import VOCAB, gradient_error, tiny_model
-from tests.transformers.test_enable import assert_left_out, expected_predictions
+from tests.transformers.models import assert_left_out, expected_predictions
 from torch_api.transformers import enable
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 import peft
 
 from tests.transformers.families import gradient_error, tiny_model
-from tests.transformers.test_enable import assert_left_out, expected_predictions, gradients, make_batch
+from tests.transformers.models import assert_left_out, expected_predictions, gradients, make_batch
 from torch_api.transformers import disable, enable
 
 BODY = {"target_modules": ["q_proj", "v_proj"]}
