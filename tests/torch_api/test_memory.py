@@ -106,7 +106,7 @@ def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) ->
 
 # ---- on a GPU
 
-LARGE_TOKENS, LARGE_HIDDEN, LARGE_VOCAB = 8192, 512, 65536
+LARGE_TOKENS, LARGE_HIDDEN, LARGE_VOCAB = 16384, 512, 65536
 LARGE_LOGITS_BYTES = LARGE_TOKENS * LARGE_VOCAB * torch.bfloat16.itemsize
 
 
@@ -150,7 +150,7 @@ def test_logits_are_never_whole_in_memory(device: torch.device, monkeypatch: pyt
     assert evaluation_bytes <= planned_bytes(evaluation)
     assert evaluation_bytes < LARGE_LOGITS_BYTES / 50
     assert training_bytes <= planned_bytes(forward, backward)
-    assert training_bytes < LARGE_LOGITS_BYTES / 2
+    assert training_bytes < LARGE_LOGITS_BYTES / 4
 
 
 @gpu_only
