@@ -26,7 +26,7 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
             contiguous. Buffers are contiguous; ``grad_weight`` may be a transposed view of a contiguous buffer.
     """
     if plan.problem.tokens == 0:
-        for buffer in plan.outputs:
+        for buffer in plan.step.results:
             tensors[buffer.name].zero_()
         return
     if not plan.outputs:

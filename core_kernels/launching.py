@@ -1,22 +1,34 @@
-"""Launches kernels again without asking Triton anew what they are specialised for.
+"""Launches kernels without working out again what has been worked out before.
 
 Triton's own launch looks at every argument and every option to find the compiled kernel, which takes the host longer
 than a small kernel takes the GPU. Here the first launch is Triton's, and those like it go to the kernel that it found.
+Moreover, runs of one plan differ in the addresses of their tensors and in nothing else, so a plan's launches are
+recorded the first time, and after that launched from the record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from core_kernels.arguments import Tensors
 from core_kernels.engine import interpreting
+from core_kernels.plan import Plan
 
-_FOUND: dict[tuple, Any] = {}
-_INT32 = range(-(2**31), 2**31)
+Arguments = tuple[Any, ...]
+
+ALIGNED = 16  # bytes: what Triton asks of an address
+MOST_RECORDS = 64  # of a plan: one for each combination of its inputs' strides
+_INT32 = 2**31
+_found: dict[tuple, Any] = {}
+_recording = threading.local()
 
 
 def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -24,22 +36,126 @@ def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return kernel[grid] if interpreting() else lambda *args, **others: _launch(kernel, grid, args, others)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], others: dict[str, Any]) -> None:
-    key = (id(kernel), torch.cuda.current_device(), *map(_trait, args), *others.items())
-    found = _FOUND.get(key)
+def recorded(operation: Callable[[Plan, Tensors], None]) -> Callable[[Plan, Tensors], None]:
+    """``operation``, which launches kernels and does nothing else, with its launches recorded in the plan."""
+
+    @functools.wraps(operation)
+    def run(plan: Plan, tensors: Tensors) -> None:
+        if interpreting():
+            operation(plan, tensors)
+            return
+        given = dict(tensors.items())
+        addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
+        aligned = not any(address % ALIGNED for address in addresses.values())
+        key = (
+            torch.cuda.current_device(),
+            aligned,
+            *((given[name].dtype, given[name].stride()) for name in plan.varying),
+        )
+        launches = plan.records.get(key)
+        if launches is not None:
+            for launch in launches:
+                launch.again(given, addresses)
+        elif aligned:
+            _record(operation, plan, tensors, key)
+        else:
+            operation(plan, tensors)
+
+    return run
+
+
+class Launch(NamedTuple):
+    """A launch without the addresses of its tensors. A pointer's place among the arguments comes with the name of its
+    tensor and its bytes from there; a descriptor is of a tensor's first element.
+    """
+
+    kernel: Any  # as compiled
+    grid: tuple[int, ...]
+    arguments: Arguments
+    pointers: tuple[tuple[int, str, int], ...]
+    descriptors: tuple[tuple[int, str], ...]
+
+    def again(self, tensors: Tensors, addresses: Mapping[str, int]) -> None:
+        arguments = list(self.arguments)
+        for place, name, offset in self.pointers:
+            arguments[place] = addresses[name] + offset
+        for place, name in self.descriptors:
+            known = arguments[place]
+            arguments[place] = TensorDescriptor(tensors[name], known.shape, known.strides, known.block_shape)
+        self.kernel[self.grid](*arguments)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], args: Arguments, others: dict[str, Any]) -> None:
+    grid = (*grid, 1, 1)
+    key = (id(kernel), torch.cuda.current_device(), *map(_trait, args), *others, *map(_option, others.values()))
+    rest = [others[name] for name in kernel.arg_names[len(args) :]]
+    found = _found.get(key)
     if found is None:
-        _FOUND[key] = kernel[grid](*args, **others)
+        found = _found[key] = kernel[grid](*args, **others)
     else:
-        rest = [others[name] for name in kernel.arg_names[len(args) :]]
-        found[(*grid, 1, 1)](*args, *rest)
+        found[grid](*args, *rest)
+    launches = getattr(_recording, "launches", None)
+    if launches is not None:
+        launches.append((found, grid, (*args, *rest)))
 
 
 def _trait(value: Any) -> Any:
     """What Triton specialises a kernel for."""
+    if type(value) is int:
+        return value == 1, value % ALIGNED == 0, -_INT32 <= value < _INT32
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        aligned = value.data_ptr() % ALIGNED == 0
+        return value.dtype, aligned, torch.version.hip is not None and value.untyped_storage().nbytes() < _INT32
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, *value.block_shape
-    if isinstance(value, int):
-        return value == 1, value % 16 == 0, value in _INT32
-    return value
+    return _option(value)
+
+
+def _option(value: Any) -> Any:
+    """What of a keyword is compiled in: all of it, but of a float its type."""
+    return float if type(value) is float else value
+
+
+def _record(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors, key: tuple) -> None:
+    _recording.launches = []
+    try:
+        operation(plan, tensors)
+        launches = _recording.launches
+    finally:
+        _recording.launches = None
+    extents = {name: (tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for name, tensor in tensors.items()}
+    in_order = sorted(extents.values())
+    if all(end <= start for (_, end), (start, _) in itertools.pairwise(in_order)):
+        if len(plan.records) >= MOST_RECORDS:
+            plan.records.clear()
+        plan.records[key] = tuple(
+            _without_addresses(kernel, grid, arguments, extents) for kernel, grid, arguments in launches
+        )
+    # else two are in one place, and an address does not tell which it is
+
+
+def _without_addresses(
+    kernel: Any, grid: tuple[int, ...], arguments: Arguments, extents: Mapping[str, tuple[int, int]]
+) -> Launch:
+    def place_of(address: int) -> tuple[str, int]:
+        return next((name, address - start) for name, (start, end) in extents.items() if start <= address < end)
+
+    kept = list(arguments)
+    pointers, descriptors = [], []
+    for place, value in enumerate(arguments):
+        if isinstance(value, Tensor):
+            pointers.append((place, *place_of(value.data_ptr())))
+            kept[place] = None
+        elif isinstance(value, TensorDescriptor):
+            name, offset = place_of(value.base.data_ptr())
+            assert offset == 0, f"a descriptor of a part of {name}"
+            descriptors.append((place, name))
+            base = torch.empty(0, dtype=value.base.dtype)  # a record shall hold no memory of a GPU
+            kept[place] = TensorDescriptor(base, list(value.shape), list(value.strides), value.block_shape)
+    return Launch(kernel, grid, tuple(kept), tuple(pointers), tuple(descriptors))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to its end."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.itemsize

@@ -10,13 +10,14 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from core_kernels.engine import choose_engine
 from core_kernels.options import Options
 from core_kernels.problem import Problem
-from core_kernels.step import KEPT_STATISTICS_BYTES, MIB, Buffer, Step, aligned
+from core_kernels.step import KEPT_STATISTICS_BYTES, MIB, Buffer, Step, aligned, most_sorted
 from core_kernels.tiles import Tile, Tiles, choose_tiles
 
 # Bytes of the slab, the piece of the logits or of their gradient that is held at a time.
@@ -52,7 +53,6 @@ class Plan:
     strips: int = 0  # into how many strips a shard of the vocab is split
     split_tiles: int = 0  # token tiles of ``x``'s gradient that are summed in parts, and
     splits: int = 1  # in how many
-    first_part: int = 0  # the row of their sums where those of the second part begin
 
     @property
     def problem(self) -> Problem:
@@ -81,6 +81,21 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         return _bytes(self.workspace)
+
+    @property
+    def first_part(self) -> int:
+        """The row of the sums of ``x``'s gradient where those of the second part begin."""
+        return _first_part(self.problem.tokens, self.tiles)
+
+    @functools.cached_property
+    def varying(self) -> tuple[str, ...]:
+        """Names of the tensors whose strides are the caller's choice."""
+        return (*self.inputs, *(buffer.name for buffer in self.outputs))
+
+    @functools.cached_property
+    def records(self) -> dict[tuple, Any]:
+        """The launches of its runs, which the Triton engine keeps here: no part of the plan's value."""
+        return {}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,9 +151,10 @@ def _projection(step: Step, tiles: Tiles) -> Tile:
 def _chunk(step: Step, tiles: Tiles) -> int:
     """Valid tokens whose exponentials are there at a time: all, or whole tiles of chunks that are equal, or none."""
     tokens, tile = step.problem.tokens, tiles.keep
-    if not step.ahead:
+    if not step.ahead or tokens == 0:
         return tokens if step.keep else 0
-    most = max(1, CHUNK_BYTES // (2 * aligned(step.problem.columns) * tile.m)) * tile.m
+    most = min(CHUNK_BYTES // (2 * aligned(step.problem.columns)), most_sorted(step.problem))
+    most = max(1, most // tile.m) * tile.m
     return math.ceil(tokens / math.ceil(tokens / most) / tile.m) * tile.m
 
 
@@ -214,8 +230,7 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
     if step.ahead:
         return Plan(step, "triton", tiles, tuple(_compaction(step) if "x" in step.wanted else ()))
     split_tiles, splits = _splits(n, hidden, columns, tiles) if "x" in step.wanted else (0, 1)
-    first_part = math.ceil(n / tiles.grad_x.m) * tiles.grad_x.m
-    sums = first_part + (splits - 1) * split_tiles * tiles.grad_x.m if splits > 1 else n
+    sums = _first_part(n, tiles) + (splits - 1) * split_tiles * tiles.grad_x.m if splits > 1 else n
     workspace = [*_compaction(step), *_rows(step, sums)]
     held = columns
     if not step.keep:
@@ -227,7 +242,11 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
             budget = SLAB_BYTES[memory] if isinstance(memory, str) else memory - rest
         held = _slab(step, tiles, budget)
         workspace.append(Buffer("slab", (n, aligned(held)), problem.dtype))
-    return Plan(step, "triton", tiles, tuple(workspace), held, 0, 0, 0, split_tiles, splits, first_part)
+    return Plan(step, "triton", tiles, tuple(workspace), slab=held, split_tiles=split_tiles, splits=splits)
+
+
+def _first_part(tokens: int, tiles: Tiles) -> int:
+    return math.ceil(tokens / tiles.grad_x.m) * tiles.grad_x.m
 
 
 def _rows(step: Step, sums: int) -> list[Buffer]:
@@ -280,7 +299,7 @@ def _slab(step: Step, tiles: Tiles, budget: int) -> int:
     """
     problem = step.problem
     n, hidden, columns = problem.tokens, problem.hidden or 0, problem.columns
-    unit = max(tiles.slab.n, tiles.grad_weight.m)
+    unit = math.lcm(tiles.slab.n, tiles.grad_weight.m, tiles.grad_x.k)
     widest = min(max(1, budget // max(1, n * unit * problem.dtype.itemsize)) * unit, columns)
     if widest == columns:
         return columns

@@ -21,10 +21,13 @@ MEMORY = ("lean", "auto", "speed")
 MIB = 2**20
 # Bytes of the exponentials of all logits, up to which "auto" keeps them from the forward to the backward pass.
 MOST_KEPT_BYTES = 2048 * MIB
-# Bytes of the tiles' statistics that the forward pass holds at a time while it keeps the exponentials.
-KEPT_STATISTICS_BYTES = 64 * MIB
 # The same, up to which "speed" does; more are made, used and forgotten a chunk of tokens at a time.
 MOST_SPEED_BYTES = 4800 * MIB
+# Bytes of the tiles' statistics that the forward pass holds at a time while it keeps the exponentials.
+KEPT_STATISTICS_BYTES = 64 * MIB
+# Labels are sorted by comparing each with each: next to nothing for so many tokens, and less than a twentieth of the
+# products for one token to so many elements of the weight.
+FEW_SORTED_TOKENS, ELEMENTS_PER_SORTED_TOKEN = 16384, 256
 # What a step saves only if it keeps the exponentials, or computes gradients ahead.
 KEPT = ("exponentials", "label_logit", "sum_x", "sum_weight")
 # Rows of the statistics that a shard of the vocab contributes of each token.
@@ -189,16 +192,21 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
     if not served or memory == "lean" or not runs_kernels(step.engine, device):
         return 0, step, step
     assert problem.hidden is not None
-    kept, per_token = replace(step, keep=True), 2 * aligned(problem.columns)
-    if memory == "speed":
-        ahead = step if options.per_token else replace(step, ahead=tuple(wanted))
-        return MOST_SPEED_BYTES // per_token, kept, ahead
-    if memory == "auto":
-        return MOST_KEPT_BYTES // per_token, kept, step
-    assert isinstance(memory, int)
-    per_token += 6 * aligned(problem.hidden) + 64  # rows and vectors of the workspace
-    most = (memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 64) // per_token
-    return max(0, most), kept, step
+    kept, per_token, many = replace(step, keep=True), 2 * aligned(problem.columns), step
+    if isinstance(memory, int):
+        per_token += 6 * aligned(problem.hidden) + 64  # rows and vectors of the workspace
+        most = max(0, memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 64) // per_token
+    elif memory == "auto":
+        most = MOST_KEPT_BYTES // per_token
+    else:
+        most = MOST_SPEED_BYTES // per_token
+        many = step if options.per_token else replace(step, ahead=tuple(wanted))
+    return min(most, most_sorted(problem)), kept, many
+
+
+def most_sorted(problem: Problem) -> int:
+    """Of how many tokens the labels may be sorted at a time."""
+    return max(FEW_SORTED_TOKENS, problem.columns * (problem.hidden or 0) // ELEMENTS_PER_SORTED_TOKEN)
 
 
 def aligned(columns: int) -> int:

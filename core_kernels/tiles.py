@@ -58,6 +58,15 @@ class Tiles:
     processors: int
     overlap: bool  # a launch may start as the one before runs out of programs (Hopper and later)
 
+    def __post_init__(self) -> None:
+        for name in ("slab", "keep"):
+            rows = getattr(self, name).m  # of its tiles the last is filled with zeros, and no more is
+            if rows % self.grad_weight.k or rows % self.grad_x.m:
+                raise ValueError(
+                    f"{name}.m must be a multiple of grad_weight.k and of grad_x.m, which read whole blocks of what it "
+                    f"writes; got {rows}, {self.grad_weight.k} and {self.grad_x.m}"
+                )
+
     def programs(self, tile: Tile) -> int:
         """That run at a time."""
         return self.processors * tile.resident

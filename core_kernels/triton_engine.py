@@ -22,7 +22,7 @@ from core_kernels.arguments import (
 )
 from core_kernels.engine import interpreting
 from core_kernels.kernels import cross_entropy
-from core_kernels.launching import launching
+from core_kernels.launching import launching, recorded
 from core_kernels.plan import Plan
 from core_kernels.tiles import Row
 from core_kernels.triton_ahead import linear_loss_and_gradient
@@ -90,9 +90,14 @@ def _row_blocks(plan: Plan, row: Row) -> dict[str, int]:
     return {"BLOCK": min(row.block, triton.next_power_of_2(plan.problem.vocab)), "num_warps": row.warps}
 
 
-LOGITS = {"loss": cross_entropy_loss, "gradient": cross_entropy_gradient}
-def linear_loss_of(plan: Plan, t: Tensors) -> None:
+def _linear_loss(plan: Plan, t: Tensors) -> None:
     (linear_loss_and_gradient if plan.step.ahead else linear_loss)(plan, t)
 
 
-LINEAR = {"loss": linear_loss_of, "shard": linear_shard, "combine": linear_combine, "gradient": linear_gradient}
+LOGITS = {"loss": recorded(cross_entropy_loss), "gradient": recorded(cross_entropy_gradient)}
+LINEAR = {
+    "loss": recorded(_linear_loss),
+    "shard": recorded(linear_shard),
+    "combine": recorded(linear_combine),
+    "gradient": recorded(linear_gradient),
+}

@@ -83,7 +83,6 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
             plan.tiles.programs(tile),
             **logit_options(plan),
             KEEP=kept is not None,
-            PACKED=kept is not None,
             ARGMAX=plan.options.needs_argmax,
             CLASS_WEIGHT=problem.has_class_weight,
             SMOOTHING=plan.options.label_smoothing > 0,

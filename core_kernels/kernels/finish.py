@@ -72,7 +72,7 @@ def finish_tokens(
         valid = mine & is_valid(label, ignore_index, V)
         target = tl.zeros([BLOCK], tl.float32)
         for shard in range(parts):
-            target += tl.load(label_logit + shard * stride + position, mask=valid, other=0.0)
+            target += tl.load(label_logit + shard * tl.cast(stride, tl.int64) + position, mask=valid, other=0.0)
     else:
         token = tl.load(valid_tokens + first_rank + rank, mask=mine, other=0)
         label = tl.load(labels + token, mask=mine, other=0)

@@ -35,8 +35,8 @@ def weight_gradient(
     float32, which may ``ADD`` to what is there.
 
     ``LABELS``: rows of classes that are some token's label go to ``label_rows (tokens, H)`` in float32 as well, at
-    ``label_slot (V,)``. ``matrix`` and ``packed_x`` are descriptors of (K, M) and (K, N) blocks, and zero from the last
-    valid token to the end of its tile.
+    ``label_slot (V,)``. ``matrix`` and ``packed_x`` are descriptors of (K, M) and (K, N) blocks, and ``matrix`` is zero
+    from the last valid token to the end of its tile.
     """
     if OVERLAP:
         cuda.gdc_launch_dependents()
@@ -75,7 +75,7 @@ def split_from(token_tiles, split_tiles):
     return tl.maximum(token_tiles - split_tiles, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])  # of one column the loop would be none, and take the memory of a fifth stage
 def input_gradient(
     matrix, weight, rows, valid_count, stride_wv, stride_wh, rows_end, rows_stride,
     first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs,

@@ -45,8 +45,8 @@ def project(
 ):  # fmt: skip
     """One (M, N) tile of ``x @ weight.T + bias`` in float32, for the given tokens and the columns from the first.
 
-    Rows of ``x`` are gathered, and zero where not ``inside``; or ``x`` is a descriptor of (M, K) blocks, with the rows
-    of valid tokens ``PACKED`` and zeros after: those from ``first_rank``.
+    Rows of ``x`` are gathered, and zero where not ``inside``; or ``x`` is a descriptor of (M, K) blocks of ``PACKED``
+    rows: those from ``first_rank``.
     """
     k = tl.arange(0, K)
     x_tile = x

@@ -22,11 +22,14 @@ def gather_rows(
     SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (ranks, blocks of H). ``packed_x (ranks, H)``: rows of ``x`` of the valid tokens from the ``first_rank``-th,
-    times ``row_soft`` if ``SCALED``; zeros where there is none.
+    times ``row_soft`` if ``SCALED``; the last of them where there is none.
+
+    Such a row's logits are then some token's own: of zeros they would be NaN where the weight is infinite.
     """
-    rank = first_rank + tl.program_id(0)
+    count = tl.load(valid_count)
+    rank = tl.minimum(first_rank + tl.program_id(0), count - 1)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = rank < tl.load(valid_count)
+    valid = rank >= 0
     token = tl.load(valid_tokens + rank, mask=valid, other=0).to(tl.int64)
     row = tl.load(x + token * stride_xn + h.to(tl.int64) * stride_xh, mask=h < tl.where(valid, H, 0), other=0.0)
     if SCALED:
@@ -120,8 +123,8 @@ def sort_labels(
     """Grid (blocks of ranks,). ``ranks`` valid tokens from the ``first_rank``-th, in the order of their labels, then of
     themselves; ``NO_LABEL`` after. ``label_slot``: where the first token of each label comes.
 
-    Each token counts what comes before it. That is quadratic, has no order of arrival in it, and takes far less than a
-    projection: one comparison a pair, but for the pairs near the diagonal.
+    Each token counts what comes before it. That is quadratic, has no order of arrival in it, and of as many tokens as
+    plans allow takes far less than a product: one comparison a pair, but for the pairs near the diagonal.
     """
     count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

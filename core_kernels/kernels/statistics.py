@@ -32,8 +32,8 @@ def project_statistics(
     stride_xn, stride_xh, stride_wv, stride_wh, columns, H, first_rank, ranks, first_row, programs,
     logit_scale, softcap,
     KEEP: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    BIAS: tl.constexpr, PACKED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LAYOUT: tl.constexpr,
+    EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each of which takes every ``programs``-th tile. Statistics (vocab tiles, ranks) of each tile's
     rows, for ``ranks`` valid tokens from the ``first_rank``-th: the maximum and its column, the sum of exponentials
@@ -41,7 +41,7 @@ def project_statistics(
 
     With ``KEEP`` the exponentials are relative to the label's logit, and are stored, rounded, through a descriptor of
     (M, N / 2) blocks of ``exponentials``, from the ``first_row``-th on; with a softcap they are times its slope. Rows
-    to the end of the last tile are zero. ``PACKED`` rows of ``x`` begin at ``first_row`` too.
+    to the end of the last tile are zero. The rows of ``x`` are packed then, and begin at ``first_row`` too.
     """
     count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
     token_tiles = tl.cdiv(count, M)
@@ -55,7 +55,7 @@ def project_statistics(
         in_vocab = column < columns
         z = project(
             x, weight, bias, first_row + tile * M, token, inside, vocab_tile * N, columns, H,
-            stride_xn, stride_xh, stride_wv, stride_wh, BIAS, PACKED, LAYOUT, EVEN_K, M, N, K,
+            stride_xn, stride_xh, stride_wv, stride_wh, BIAS, KEEP, LAYOUT, EVEN_K, M, N, K,
         )  # fmt: skip
         z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         at = vocab_tile.to(tl.int64) * ranks + rank

@@ -73,6 +73,7 @@ def store_sums(sums, row, column, tile, rows, columns, stride, ADD: tl.constexpr
 
 @triton.jit
 def store_half_rows(rows, slot, column, tile, columns, stride):
+    """In halves again: these addresses are many, one a row."""
     left, right = halves(tile)
     half: tl.constexpr = tile.shape[1] // 2
     j = column + tl.arange(0, half)

@@ -258,6 +258,26 @@ def test_no_weight_reaches_the_gradient_of_a_token_that_does_not_count(device: t
     assert gradients["grad_x"][1].isnan().all()
 
 
+@pytest.mark.parametrize("x", ["frozen", "free"])
+@every_schedule
+def test_a_masked_class_has_no_gradient(device: torch.device, schedule: str, x: str) -> None:
+    """By minus infinity in its row of the weight, where ``x`` is positive. Rows of a tile that are no token's were
+    zeros once, whose logit there is NaN; and NaN times their zeros in ``x`` was the class's gradient.
+    """
+    case, inputs = drawn("mean", device)
+    inputs["x"].abs_()
+    inputs["weight"][5, 3] = float("-inf")
+    inputs["labels"][inputs["labels"] == 5] = 6
+    wanted = ("weight",) if x == "frozen" else ("x", "weight")
+    loss = loss_of(case, schedule)
+    loss = replace(loss, ahead=wanted) if loss.ahead else loss
+    saved = saved_of(loss, run(loss, inputs))
+    gradient = run(loss.gradient(wanted), inputs | saved)["grad_weight"]
+    assert gradient[5].count_nonzero() == 0
+    assert gradient.isfinite().all()
+    assert gradient.count_nonzero() > 0
+
+
 # ---- the same bits
 
 

@@ -33,8 +33,8 @@ def linear(tokens: int = TOKENS, hidden: int = HIDDEN, vocab: int = VOCAB, **oth
     return any_linear(tokens, hidden, vocab, **{"dtype": torch.bfloat16, "bias": False, "class_weight": False} | others)
 
 
-def step(options: Options = PLAIN, **others: Any) -> Step:
-    return Step("loss", linear(), options, **others)
+def step(options: Options = PLAIN, problem: Problem | None = None, **others: Any) -> Step:
+    return Step("loss", problem or linear(), options, **others)
 
 
 def in_order(value: Any) -> str:
@@ -72,7 +72,7 @@ def test_few_tokens_keep_their_exponentials(memory: str | int, options: Options,
 
 @pytest.mark.parametrize(("memory", "most_bytes"), [("auto", MOST_KEPT_BYTES), ("speed", MOST_SPEED_BYTES)])
 def test_the_exponentials_of_the_most_tokens_are_within_their_bytes(memory: str, most_bytes: int) -> None:
-    most, few, _ = chosen(step(memory=memory))
+    most, few, _ = chosen(step(memory=memory, problem=linear(hidden=4096, vocab=32003)))
 
     def kept(tokens: int) -> int:
         of_tokens = replace(few, problem=replace(few.problem, leading=(tokens,)))
@@ -84,10 +84,22 @@ def test_the_exponentials_of_the_most_tokens_are_within_their_bytes(memory: str,
 @pytest.mark.parametrize("memory", [100 * MIB, 300_000_001, 2**34])
 def test_a_number_of_bytes_keeps_the_exponentials_that_fit(memory: int) -> None:
     """Beside rows of the workspace, vectors, a slot for each label, and the tiles' statistics."""
-    loss = step(memory=memory)
-    per_token = 2 * COLUMNS + 6 * ROW + 64
-    most = (memory - KEPT_STATISTICS_BYTES - 4 * VOCAB - 64) // per_token
+    vocab, hidden = 32003, 4100
+    loss = step(memory=memory, problem=linear(hidden=hidden, vocab=vocab))
+    per_token = 2 * 32016 + 6 * 4112 + 64
+    most = (memory - KEPT_STATISTICS_BYTES - 4 * vocab - 64) // per_token
     assert chosen(loss) == (most, replace(loss, keep=True), loss)
+
+
+@pytest.mark.parametrize("memory", ["auto", "speed", 2**34])
+@pytest.mark.parametrize(("vocab", "tokens"), [(1000, 16384), (65536, 32768)])
+def test_no_more_tokens_are_kept_than_are_soon_sorted(memory: str | int, vocab: int, tokens: int) -> None:
+    """Each label is compared with each: of very many tokens of a small head that would take longer than products."""
+    loss = step(memory=memory, problem=linear(2**20, 128, vocab))
+    most, _, many = chosen(loss)
+    assert most == min(tokens, {"auto": 2**31, "speed": MOST_SPEED_BYTES}.get(memory, 2**34) // (2 * vocab))
+    chunk = plan(many, CPU).chunk
+    assert 0 < chunk <= tokens if memory == "speed" else chunk == 0
 
 
 @pytest.mark.parametrize("memory", [0, 1, KEPT_STATISTICS_BYTES])

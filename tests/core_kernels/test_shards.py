@@ -72,8 +72,8 @@ def inputs_for(loss: Step, device: torch.device) -> Tensors:
 
 
 def assert_as_whole(loss: Step, inputs: Tensors, shards: int) -> tuple[Tensors, list[Tensors]]:
-    """Answers the outputs, and the gradients of each shard."""
-    outputs, saved, gradients = differentiate(loss, inputs)
+    """With as much memory as it likes. Answers the outputs, and the gradients of each shard."""
+    outputs, saved, gradients = differentiate(replace(loss, memory="auto"), inputs)
     outputs_of_shards, saved_of_shards, gradients_of_shards = differentiate_sharded(loss, inputs, shards)
     assert_close(outputs_of_shards, outputs)
     assert_close(saved_of_shards, saved)
@@ -105,7 +105,7 @@ def test_shards_in_half_precision(device: torch.device, engine: str, dtype: torc
     """Statistics stay float32; each shard's gradient of ``x`` is rounded on its own."""
     loss = Step("loss", problem(2, dtype=dtype), replace(EVERYTHING, reduction="sum"), engine)
     inputs = inputs_for(loss, device)
-    outputs, saved, gradients = differentiate(loss, inputs)
+    outputs, saved, gradients = differentiate(replace(loss, memory="auto"), inputs)
     outputs_of_shards, saved_of_shards, gradients_of_shards = differentiate_sharded(loss, inputs, 2)
     assert_close(outputs_of_shards, outputs)
     assert_close(saved_of_shards, saved)

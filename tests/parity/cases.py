@@ -326,9 +326,9 @@ def _table() -> list[Case]:
     add("peaked", linear, data="peaked")
     add("peaked_none", linear, data="peaked", **options(reduction="none", label_smoothing=0.1))
 
-    add("many_slices", linear, memory=30_000)
-    add("many_slices_everything", linear, memory=30_000, bias=True, class_weight=True, **options(**EVERYTHING))
-    add("transposed_weight", linear, layout="transposed_weight", memory=30_000)
+    add("many_slices", linear, memory=38_000)
+    add("many_slices_everything", linear, memory=38_000, bias=True, class_weight=True, **options(**EVERYTHING))
+    add("transposed_weight", linear, layout="transposed_weight", memory=38_000)
     add("column_major", *both, layout="column_major")
     add("sliced", *both, layout="sliced", **options(reduction="none"))
     add("expanded", *both, layout="expanded", data="same_rows", **options(reduction="none"))
