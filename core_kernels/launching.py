@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core_kernels.arguments import Tensors
@@ -47,15 +48,17 @@ def recorded(operation: Callable[[Plan, Tensors], None]) -> Callable[[Plan, Tens
         given = dict(tensors.items())
         addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
         aligned = not any(address % ALIGNED for address in addresses.values())
+        device = torch.cuda.current_device()
         key = (
-            torch.cuda.current_device(),
+            device,
             aligned,
             *((given[name].dtype, given[name].stride()) for name in plan.varying),
         )
         launches = plan.records.get(key)
         if launches is not None:
+            stream = driver.active.get_current_stream(device)
             for launch in launches:
-                launch.again(given, addresses)
+                launch.again(given, addresses, stream)
         elif aligned:
             _record(operation, plan, tensors, key)
         else:
@@ -75,14 +78,14 @@ class Launch(NamedTuple):
     pointers: tuple[tuple[int, str, int], ...]
     descriptors: tuple[tuple[int, str], ...]
 
-    def again(self, tensors: Tensors, addresses: Mapping[str, int]) -> None:
+    def again(self, tensors: Tensors, addresses: Mapping[str, int], stream: int) -> None:
         arguments = list(self.arguments)
         for place, name, offset in self.pointers:
             arguments[place] = addresses[name] + offset
         for place, name in self.descriptors:
             known = arguments[place]
             arguments[place] = TensorDescriptor(tensors[name], known.shape, known.strides, known.block_shape)
-        self.kernel[self.grid](*arguments)
+        self.kernel[self.grid](*arguments, stream=stream)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: Arguments, others: dict[str, Any]) -> None:

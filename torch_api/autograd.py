@@ -67,8 +67,9 @@ class PlannedLoss(torch.autograd.Function):
             operands.append(ctx.shard.first_class_on(grad_loss.device))
             group = ctx.shard.group if wanted[0] else None
         operands += [*saved, grad_loss.contiguous()]
-        # A compiled gradient is differentiated by nobody, and the compiler knows no Function in a Function's backward.
-        run = PlannedGradient.forward if torch.compiler.is_compiling() else PlannedGradient.apply
+        # The compiler knows no Function in a Function's backward, and its gradient is differentiated by nobody.
+        seen = not torch.compiler.is_compiling() and is_watched()
+        run = PlannedGradient.apply if seen else PlannedGradient.forward
         gradients = iter(run(step, group, *operands))  # in the order of the inputs
         return None, None, *(next(gradients) if want else None for want in wanted)
 
@@ -107,6 +108,11 @@ class PlannedGradient(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], step: str, group: Any, *inputs: Tensor) -> tuple[Any, Any]:
         return _mapped(PlannedGradient, info.batch_size, step, group, decode(step).inputs, inputs, in_dims[2:])
+
+
+def is_watched() -> bool:
+    """Whether a call may be differentiated or mapped. A Function takes the host longer than a few launches."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 for _function in (PlannedLoss, PlannedGradient):  # torch asks at every call, and would find out anew
