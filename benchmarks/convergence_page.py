@@ -48,7 +48,8 @@ def summary(results: dict) -> str:
             f"The demo's model ({model['layers']} layers of width {model['width']}, vocab {model['vocabulary']}) after"
             f" {setup['steps']} steps of {setup['batch_size']} x {model['context']} tokens of text, with our loss"
             f" and with the framework's own over full logits ({peers}). Each of {setup['seeds']} seeds gives both the"
-            f" same weights and batches. In bf16 the head and its loss are; the rest is float32. On {where}, {packages}."
+            " same weights and batches. In bf16 the head and its loss are; the rest is float32. On"
+            f" {where}, {packages}."
         ),
         prose(
             "Held-out loss in nats per token, mean ± standard deviation over seeds; then the greatest difference"
