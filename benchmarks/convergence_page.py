@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from markup import markdown, prose, versions
+from markup import markdown, prose, shown, versions
 
 DTYPES = {"float32": "float32", "bfloat16": "bf16"}
 PEERS = {"torch": "`torch.nn.functional.cross_entropy`", "jax": "`optax.softmax_cross_entropy_with_integer_labels`"}
@@ -38,7 +38,7 @@ def summary(results: dict) -> str:
     for (frontend, dtype), found in rows.items():
         ends = [f"{losses[:, -1].mean():.4f} ± {spread(losses)[-1]:.4f}" for losses in found.values()]
         share = (apart(found) / spread(found["framework"])).max()
-        body.append([f"{frontend}, {DTYPES[dtype]}", *ends, f"{apart(found).max():.1e}", f"{share:.1e}"])
+        body.append([f"{frontend}, {DTYPES[dtype]}", *ends, shown(apart(found).max()), shown(share)])
     frontends = dict.fromkeys(frontend for frontend, _ in rows)
     peers = ", ".join(PEERS[frontend] for frontend in frontends)
     where = "a CPU" if results["device"] == "cpu" else f"one {results['device']}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from markup import by, markdown, prose, versions
+from markup import by, markdown, prose, shown, versions
 
 SHORT = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
 PARTS = {"loss": "loss", "x": "`dX`", "weight": "`dW`", "bias": "`db`", "logits": "`dlogits`"}
@@ -47,9 +47,3 @@ def table(errors: dict) -> str:
 def cell(ours: float, torchs: float) -> str:
     text = shown(ours)
     return f"{f'**{text}**' if ours > MORE * torchs else text} ({shown(torchs)})"
-
-
-def shown(value: float) -> str:
-    """Two digits, and no zeros that tell nothing: 1.7e-3."""
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(exponent)}" if abs(int(exponent)) > 1 else f"{value:.2g}"

@@ -25,6 +25,12 @@ def by(size: list[int]) -> str:
     return "x".join(map(str, size))
 
 
+def shown(value: float) -> str:
+    """Two digits, and no zeros that tell nothing: 1.7e-3."""
+    digits, _, exponent = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}" if abs(int(exponent)) > 1 else f"{value:.2g}"
+
+
 def versions(results: dict, names: tuple[str, ...] = tuple(NAMES)) -> str:
     """Of what was measured with, and the commit."""
     found = (f"{NAMES[name]} {version}" for name, version in results["versions"].items() if name in names)
