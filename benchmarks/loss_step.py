@@ -87,7 +87,7 @@ def main() -> None:
     skip = set(arguments.skip)
     clock = Clock(arguments.seconds, min(5, arguments.rounds), arguments.rounds)
     brief = replace(clock, seconds=clock.seconds / 4)
-    results = Results(arguments.out, device, arguments.commit)
+    results = Results(arguments.out, device, arguments.commit, dtype="bfloat16")
     start = time.perf_counter()
 
     for name in names if "shapes" in arguments.parts else ():

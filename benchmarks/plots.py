@@ -1,4 +1,4 @@
-"""Plots of a results file: time against memory, and how both scale with tokens and with the vocab."""
+"""Plots of results files: time against memory, how both scale with tokens and with the vocab; curves of training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from convergence_page import DTYPES, curves, spread
 from targets import SMALL
 
 AXES = {"tokens": 0, "vocab": 2}  # places in a size
@@ -92,4 +94,38 @@ def scaling(results: dict) -> plt.Figure | None:
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0, 0].legend()
+    return figure
+
+
+def draw_convergence(results: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    figure = convergence(results)
+    figure.savefig(folder / "convergence.png", dpi=110, bbox_inches="tight")
+    plt.close(figure)
+
+
+def convergence(results: dict) -> plt.Figure:
+    """Held-out loss of every seed, and how far ours and the framework's are apart at equal seed."""
+    steps, found = results["evaluated"], curves(results)
+    figure, panels = plt.subplots(
+        2, len(found), figsize=(3.6 * len(found), 6.5), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
+    for (upper, lower), ((frontend, dtype), losses) in zip(panels.T, found.items(), strict=True):
+        ours, theirs = losses["twinhead"], losses["framework"]
+        # The framework's are wide pale lines, ours thin dark ones on top: both show where they are the same.
+        wide = upper.plot(steps, theirs.T, color="tab:orange", linewidth=5, alpha=0.5)
+        thin = upper.plot(steps, ours.T, color="tab:blue", linewidth=1, marker="o", markersize=3)
+        difference = np.abs(ours - theirs)
+        each = lower.plot(
+            steps, np.where(difference > 0, difference, np.nan).T, color="tab:blue", marker="o", markersize=3
+        )
+        (between,) = lower.plot(steps, spread(theirs), color="grey", linestyle="--")
+        upper.set_title(f"{frontend}, {DTYPES[dtype]}")
+        lower.set(xlabel="training step", yscale="log")
+        for panel in (upper, lower):
+            panel.grid(alpha=0.3)
+    upper.legend([wide[0], thin[0]], ["framework, each seed", "twinhead, each seed"])
+    lower.legend([each[0], between], ["difference at equal seed", "deviation between seeds"])
+    panels[0, 0].set_ylabel("held-out loss (nats per token)")
+    panels[1, 0].set_ylabel("nats per token")
     return figure

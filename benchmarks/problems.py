@@ -15,7 +15,7 @@ IGNORED = -100
 
 @dataclass
 class Problem:
-    """bf16 inputs that require gradients, and int64 labels. Every contender differentiates these very tensors."""
+    """Inputs that require gradients, and int64 labels. Every contender differentiates these very tensors."""
 
     x: Tensor
     weight: Tensor
@@ -31,7 +31,7 @@ class Result(NamedTuple):
     predicted: Any = None
 
 
-def make_problems(size: Size, device: str) -> dict[str, Problem]:
+def make_problems(size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Problem]:
     """Random data; the same with half of the tokens ignored; and peaked data.
 
     Peaked labels follow Zipf's law, and hidden states point at their label's row of the weight, so that the label's
@@ -43,8 +43,8 @@ def make_problems(size: Size, device: str) -> dict[str, Problem]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator)
 
-    x = normal(tokens, hidden).bfloat16().requires_grad_()
-    weight = (normal(vocab, hidden) / hidden**0.5).bfloat16().requires_grad_()
+    x = normal(tokens, hidden).to(dtype).requires_grad_()
+    weight = (normal(vocab, hidden) / hidden**0.5).to(dtype).requires_grad_()
     labels = torch.randint(0, vocab, (tokens,), device=device, generator=generator)
     ignored = torch.rand(tokens, device=device, generator=generator) < 0.5
 
@@ -55,7 +55,7 @@ def make_problems(size: Size, device: str) -> dict[str, Problem]:
     return {
         "random": Problem(x, weight, labels),
         "half ignored": Problem(x, weight, labels.masked_fill(ignored, IGNORED)),
-        "peaked": Problem(pointing.bfloat16().requires_grad_(), weight, frequent),
+        "peaked": Problem(pointing.to(dtype).requires_grad_(), weight, frequent),
     }
 
 

@@ -1,35 +1,32 @@
-"""Turns a results file into the README's section on performance, the tables of benchmarks/README.md, and plots."""
+"""Turns a results file into the sections of pages that are made from it, and plots: the README's on performance and the
+tables of benchmarks/README.md; the README's on convergence; or the tables of docs/numerics.md.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-import textwrap
 from pathlib import Path
 
-from plots import draw
+from convergence_page import summary as convergence_summary
+from errors_page import tables as error_tables
+from markup import by, markdown, prose, rewrite, versions
+from plots import draw, draw_convergence
 from targets import HEADS, LOGITS, SMALL, TARGETS, Target
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 BASES = {"training": "floor", "half ignored": "floor", "evaluation": "one projection"}
 BETTER = {"ratio": ("is faster", 2), "extra_mib": ("takes fewer MiB", 0)}  # with the digits that count
 CALLS = ("waited_us", "host_us", "pipelined_us")
-NAMES = {
-    "python": "Python", "torch": "torch", "triton": "Triton", "jax": "JAX", "optax": "optax",
-    "liger-kernel": "Liger-Kernel", "cut-cross-entropy": "cut-cross-entropy", "quack-kernels": "QuACK",
-    "tokamax": "tokamax",
-}  # fmt: skip
 
 
 def summary(results: dict) -> str:
     """The README's: training steps at the heads of real models, the aims, and where a peer is ahead."""
     shapes = results["shapes"]
     heads = [name for name in shapes if name not in SMALL]
-    versions = ", ".join(f"{NAMES[name]} {version}" for name, version in results["versions"].items())
     parts = [
         prose(
-            f"One {results['device']}, bf16, {versions}; commit {results['commit'][:7]}. The time of a training step"
+            f"One {results['device']}, bf16, {versions(results)}. The time of a training step"
             " over the **floor**: the three matrix products that any exact step needs, over full shapes, by the"
             " vendor's library. In brackets the peak MiB beyond inputs and gradients. *metrics* is with predictions and"
             " accuracy."
@@ -83,19 +80,6 @@ def details(results: dict) -> str:
             logits_table(results["logits"]["rows"]),
         ]
     return "\n\n".join(parts)
-
-
-def prose(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body] if body else []
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def by(size: list[int]) -> str:
-    return "x".join(map(str, size))
 
 
 def cell(row: dict | None) -> str:
@@ -196,13 +180,17 @@ def price(row: dict, key: str) -> str:
     return f" (at {row['ratio']:.2f} in time)" if key == "extra_mib" and "ratio" in row else ""
 
 
-def rewrite(page: Path, text: str) -> None:
-    """Puts the text between the page's markers."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise SystemExit(f"{page} lacks the markers {BEGIN} and {END}")
-    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+def report(results: dict, root: Path) -> None:
+    """Writes what the file is of into the pages under ``root``."""
+    if "curves" in results:
+        rewrite(root / "README.md", "convergence", convergence_summary(results))
+        draw_convergence(results, root / "docs")
+    elif "errors" in results:
+        rewrite(root / "docs" / "numerics.md", "errors", error_tables(results))
+    else:
+        rewrite(root / "README.md", "benchmark", summary(results))
+        rewrite(root / "benchmarks" / "README.md", "benchmark", details(results))
+        draw(results, root / "docs")
 
 
 def main() -> None:
@@ -210,10 +198,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "h200.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder whose pages and plots are written")
     arguments = parser.parse_args()
-    results = json.loads(arguments.results.read_text())
-    rewrite(arguments.root / "README.md", summary(results))
-    rewrite(arguments.root / "benchmarks" / "README.md", details(results))
-    draw(results, arguments.root / "docs")
+    report(json.loads(arguments.results.read_text()), arguments.root)
 
 
 if __name__ == "__main__":

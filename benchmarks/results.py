@@ -25,17 +25,17 @@ FORMATS = (".2f", ".3f", ".0f", ".1e", ".5f", ".5f", ".5f", ".0f", ".0f", ".0f",
 class Results:
     """What was measured, written to its file after each part.
 
-    Parts that the file has already are kept if device, versions and commit are the same, so that a long run can be made
-    in several.
+    Parts that the file has already are kept if device, versions, commit and the other ``facts`` are the same, so that a
+    long run can be made in several.
     """
 
-    def __init__(self, path: Path, device: str, commit: str | None) -> None:
+    def __init__(self, path: Path, device: str, commit: str | None, **facts: Any) -> None:
         self.path = path
         measured = {
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "versions": versions(),
             "commit": commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
-            "dtype": "bfloat16",
+            **facts,
         }
         found = json.loads(path.read_text()) if path.exists() else {}
         same = all(found.get(key) == value for key, value in measured.items())

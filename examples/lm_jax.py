@@ -1,5 +1,8 @@
 """The same language model in JAX: pure functions of a dict of weights; its head and loss are one `fused_linear_ce`."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +12,9 @@ from model import AdamWConfig, ModelConfig, Scores
 from jax_api import CrossEntropyOutput, fused_linear_ce
 
 Weights = dict[str, jax.Array]
+# Hidden states, the head's weight and labels to the loss, the accuracy and the predictions.
+Loss = Callable[[jax.Array, jax.Array, jax.Array], CrossEntropyOutput]
+FUSED = partial(fused_linear_ce, return_token_accuracy=True, return_predicted_tokens=True)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -51,17 +57,16 @@ def make_optimizer(adamw: AdamWConfig) -> optax.GradientTransformation:
 class JaxTrainer:
     """Implements `model.Trainer`, on JAX's default device."""
 
-    def __init__(self, config: ModelConfig, adamw: AdamWConfig, weights: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, config: ModelConfig, adamw: AdamWConfig, weights: dict[str, np.ndarray], loss_fn: Loss = FUSED
+    ) -> None:
         self.device = jax.default_backend()
         self.weights = {name: jnp.asarray(weight) for name, weight in weights.items()}
         optimizer = make_optimizer(adamw)
         self.optimizer_state = optimizer.init(self.weights)
 
         def loss(weights: Weights, inputs: jax.Array, labels: jax.Array) -> tuple[jax.Array, CrossEntropyOutput]:
-            x = decoder(config, weights, inputs)
-            out = fused_linear_ce(
-                x, weights["head.weight"], labels, return_token_accuracy=True, return_predicted_tokens=True
-            )
+            out = loss_fn(decoder(config, weights, inputs), weights["head.weight"], labels)
             return out.loss, out
 
         def step(

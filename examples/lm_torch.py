@@ -1,5 +1,7 @@
 """The language model in PyTorch; its head and loss are one `FusedLinearCrossEntropyLoss`."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,10 @@ from model import AdamWConfig, ModelConfig, Scores
 from torch import nn
 
 from torch_api import CrossEntropyOutput, FusedLinearCrossEntropyLoss
+
+# The head's weight, hidden states and labels to the loss, the accuracy and the predictions.
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], CrossEntropyOutput]
+FUSED = FusedLinearCrossEntropyLoss(return_token_accuracy=True, return_predicted_tokens=True)
 
 
 class Block(nn.Module):
@@ -50,11 +56,13 @@ class Decoder(nn.Module):
 class TorchTrainer:
     """Implements `model.Trainer`, on the GPU if there is one."""
 
-    def __init__(self, config: ModelConfig, adamw: AdamWConfig, weights: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, config: ModelConfig, adamw: AdamWConfig, weights: dict[str, np.ndarray], loss_fn: Loss = FUSED
+    ) -> None:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = Decoder(config).to(self.device)
         self.model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
-        self.loss = FusedLinearCrossEntropyLoss(return_token_accuracy=True, return_predicted_tokens=True)
+        self.loss_fn = loss_fn
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=adamw.betas, eps=adamw.eps, weight_decay=adamw.weight_decay
         )
@@ -75,7 +83,7 @@ class TorchTrainer:
 
     def _forward(self, inputs: np.ndarray, labels: np.ndarray) -> CrossEntropyOutput:
         x = self.model(torch.from_numpy(inputs).to(self.device, torch.int64))
-        return self.loss(self.model.head.weight, x, torch.from_numpy(labels).to(self.device, torch.int64))
+        return self.loss_fn(self.model.head.weight, x, torch.from_numpy(labels).to(self.device, torch.int64))
 
 
 def _scores(out: CrossEntropyOutput) -> Scores:

@@ -3,45 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+from tests.pages import BENCHMARKS, ON_CPU, RESULTS, ROOT, report, run_benchmark, shared_file
+
 PAGES = ("README.md", "benchmarks/README.md")
 COMPILED = ("torch compile", "torch compile, metrics")  # the compiler's half a minute shows nothing of the benchmark
 
 with_jax = pytest.mark.skipif(not (find_spec("jax") and find_spec("optax")), reason="needs JAX and optax")
 
 
-def _run(script: str, *arguments: str | Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, BENCHMARKS / script, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one run, whichever of pytest's workers makes it."""
-    base = tmp_path_factory.getbasetemp()
-    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cpu.json"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            arguments = ["--device", "cpu", "--rounds", "2", "--commit", "0123456789", "--skip", *COMPILED]
-            _run("loss_step.py", *arguments, "--out", unfinished)
-            unfinished.rename(path)
-    return path
+    arguments = ["--device", "cpu", "--rounds", "2", "--commit", "0123456789", "--skip", *COMPILED, "--out"]
+    run = partial(run_benchmark, "loss_step.py", *arguments, TRITON_INTERPRET="0", **ON_CPU)
+    return shared_file(tmp_path_factory, "cpu.json", run)
 
 
 @pytest.fixture(scope="module")
@@ -179,25 +159,17 @@ def test_peaked_data_points_at_its_labels(modules: None) -> None:
     assert (problem.labels == 0).float().mean() > 0.05  # the most frequent of 4096
 
 
-def _pages(folder: Path) -> Path:
-    for page in PAGES:
-        (folder / page).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / page, folder / page)
-    return folder
-
-
 def test_the_report_turns_a_file_into_pages_and_plots(file: Path, toy: dict[str, dict], tmp_path: Path) -> None:
-    _run("report.py", file, "--root", _pages(tmp_path))
-    text = (tmp_path / "README.md").read_text()
+    pages = report(file, PAGES, tmp_path)
+    text = pages["README.md"]
     assert "One cpu, bf16, " in text and "commit 0123456." in text
     for label, row in _ours(toy["training"]).items():
         assert f"\n| {label} | {row['ratio']:.2f}" in text
     assert text.startswith((ROOT / "README.md").read_text().partition("<!-- benchmark:begin -->")[0])
-    assert "torch eager" in (tmp_path / "benchmarks/README.md").read_text()
+    assert "torch eager" in pages["benchmarks/README.md"]
     assert (tmp_path / "docs/benchmark_scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_pages_say_what_the_committed_results_do(tmp_path: Path) -> None:
-    _run("report.py", BENCHMARKS / "results" / "h200.json", "--root", _pages(tmp_path))
-    for page in PAGES:
-        assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
+    for page, text in report(RESULTS / "h200.json", PAGES, tmp_path).items():
+        assert text == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"

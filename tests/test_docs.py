@@ -16,6 +16,8 @@ BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL) 
 
 STARTS = {"jax": r"^import jax$", "torch": r"^import torch$", "transformers": r"^import (torch|jax)$"}
 
+LINKED = {**PAGES, "numerics": (ROOT / "docs" / "numerics.md").read_text()}
+
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
@@ -61,9 +63,9 @@ def test_blocks_print_what_the_page_says(code: str, printed: str, tmp_path: Path
     assert done.stdout == printed
 
 
-@every_page
+@pytest.mark.parametrize("page", LINKED)
 def test_links_lead_somewhere(page: str) -> None:
-    links = re.findall(r"\]\((.*?)\)", PAGES[page])
+    links = re.findall(r"\]\((.*?)\)", LINKED[page])
     assert links
     for link in links:
         file, _, heading = link.partition("#")
