@@ -1,0 +1,119 @@
+"""Every kernel of the suite under NVIDIA's compute-sanitizer, by hand, on a GPU.
+
+    python -m tests.trust.sanitize --out benchmarks/results/h200_sanitizer.json
+
+runs the calls below once under each tool: memcheck (accesses out of bounds or misaligned), racecheck (hazards in shared
+memory), initcheck (reads of memory that nobody wrote) and synccheck (barriers). Torch's caching of memory is off, so
+each tensor is an allocation of its own, and a step past its end is a step out of bounds. The tools run side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+
+from core_kernels import Options, Step, launch, launching, plan
+from tests.core_kernels import problems
+from tests.core_kernels.test_kept import CASES as KEPT_CASES
+from tests.core_kernels.test_kept import SCHEDULES, loss_of, tensors_of
+from tests.parity import frontends
+from tests.parity.cases import CASES, make_inputs
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
+DONE = re.compile(r"^ran (\d+) calls of the kernels (.*)$", re.MULTILINE)
+
+
+def run(step: Step, inputs: problems.Tensors) -> problems.Tensors:
+    """Over memory that nobody has written, as the frontends launch it."""
+    planned = plan(step, torch.device("cuda"))
+    buffers = {b.name: torch.empty(b.shape, dtype=b.dtype, device="cuda") for b in planned.buffers}
+    launch(planned, {name: inputs[name] for name in step.inputs} | buffers)
+    return buffers
+
+
+def calls() -> Iterator[None]:
+    """Losses and gradients: the parity table, each schedule of its own table, and shards of the vocab."""
+    device = torch.device("cuda")
+    for case in CASES:
+        yield frontends.run_torch(case, make_inputs(case), device)
+    for case in KEPT_CASES:
+        inputs = tensors_of(make_inputs(case), device)
+        for schedule in SCHEDULES:
+            if not (schedule == "ahead" and case.options.get("reduction") == "none"):
+                loss = loss_of(case, schedule)
+                saved = problems.saved_of(loss, run(loss, inputs))
+                yield run(loss.gradient(("x", "weight")), inputs | saved)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        loss = Step("loss", problems.linear(34, 36, 202, dtype), replace(problems.EVERYTHING, reduction="sum"))
+        yield problems.differentiate_sharded(loss, problems.random_inputs(loss, device), 2)
+    plain = Step("loss", problems.linear(34, 36, 202, bias=False, class_weight=False), Options())
+    yield problems.differentiate_sharded(plain, problems.random_inputs(plain, device), 2)
+
+
+def run_calls() -> None:
+    count = sum(1 for _ in calls())
+    torch.cuda.synchronize()
+    kernels = sorted({kernel.name for kernel in launching._found.values()})
+    print(f"ran {count} calls of the kernels {' '.join(kernels)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="results file, JSON; without it the calls run once, unwatched")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=TOOLS)
+    parser.add_argument("--commit", help="commit of the measured code, where git cannot tell")
+    arguments = parser.parse_args()
+    if arguments.out is None:
+        run_calls()
+        return
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    watched = [sys.executable, "-m", "tests.trust.sanitize"]
+    running = {
+        tool: subprocess.Popen(
+            ["compute-sanitizer", "--tool", tool, "--print-limit", "20", *watched],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        for tool in arguments.tools
+    }
+    found: dict[str, dict] = {}
+    for tool, process in running.items():
+        output, _ = process.communicate()
+        summary, done = SUMMARY.search(output), DONE.search(output)
+        if summary is None or done is None:
+            sys.exit(f"{tool} did not end as it should:\n{output[-4000:]}")
+        found[tool] = {"errors": int(summary[1] or summary[2]), "calls": int(done[1]), "kernels": done[2].split()}
+        print(tool, found[tool]["errors"], "errors in", found[tool]["calls"], "calls")
+        if found[tool]["errors"]:
+            print(output[:20000])
+    version = subprocess.check_output(["compute-sanitizer", "--version"], text=True)
+    commit = arguments.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
+    facts = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "compute-sanitizer": re.search(r"\d[\d.]+", version)[0],  # type: ignore[index]
+        },
+        "commit": commit,
+    }
+    arguments.out.write_text(json.dumps(facts | {"tools": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
