@@ -6,6 +6,7 @@ than a small kernel takes the GPU. Here the first launch is Triton's, and those 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from core_kernels.engine import interpreting
 
 _FOUND: dict[tuple, Any] = {}
+# Triton's launch is for one thread at a time: others find a kernel that it has compiled and not yet loaded. A lock for
+# each device, for loading may wait for the device, and that for what another one's thread has yet to launch.
+_FIRST: dict[int, threading.Lock] = {}
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -25,10 +29,14 @@ def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], others: dict[str, Any]) -> None:
-    key = (id(kernel), torch.cuda.current_device(), *map(_trait, args), *others.items())
+    device = torch.cuda.current_device()
+    # Numbers that are no constants of the kernel's are floats: a new one, as of a schedule, is no new kernel.
+    constants = [float if type(value) is float else value for value in others.values()]
+    key = (id(kernel), device, *map(_trait, args), *others, *constants)
     found = _FOUND.get(key)
     if found is None:
-        _FOUND[key] = kernel[grid](*args, **others)
+        with _FIRST.setdefault(device, threading.Lock()):
+            _FOUND[key] = kernel[grid](*args, **others)
     else:
         rest = [others[name] for name in kernel.arg_names[len(args) :]]
         found[(*grid, 1, 1)](*args, *rest)
