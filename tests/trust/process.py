@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT = 150  # seconds, of which a test takes a tenth, if it does not hang
+LIMIT = 240  # seconds, of which a function takes a tenth, if it does not hang
 
 _PROGRAM = """
 import faulthandler, importlib, sys
