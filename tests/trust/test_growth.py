@@ -115,14 +115,14 @@ def test_a_program_of_jax_is_all_that_a_shape_leaves_and_goes_with_it() -> None:
     jax.clear_caches()
     assert programs() == 0
     steps = []  # a compiled function's programs go with it
-    for tokens in (3, 4, 6):
+    for tokens in (3, 4):
         problem = problems.LINEAR.problem((tokens,), vocab=19)
         loss, _ = problems.LINEAR.losses(problem)
         for transform in (problems.eagerly, jax.jit):
             steps.append(transform(jax.value_and_grad(loss)))
-            for _ in range(3):
+            for _ in range(2):
                 jax.block_until_ready(steps[-1](problem.primals))
-    assert programs() == 3 * 2 * 2  # shapes, eager and compiled, forward and backward
+    assert programs() == 2 * 2 * 2  # shapes, eager and compiled, forward and backward
     jax.clear_caches()
     assert programs() == 0
 
