@@ -28,7 +28,10 @@ Arguments = tuple[Any, ...]
 ALIGNED = 16  # bytes: what Triton asks of an address
 MOST_RECORDS = 64  # of a plan: one for each combination of its inputs' strides
 _INT32 = 2**31
-_found: dict[tuple, Any] = {}
+_FOUND: dict[tuple, Any] = {}
+# Triton's launch is for one thread at a time: others find a kernel that it has compiled and not yet loaded. A lock for
+# each device, for loading may wait for the device, and that for what another one's thread has yet to launch.
+_FIRST: dict[int, threading.Lock] = {}
 _recording = threading.local()
 
 
@@ -89,17 +92,18 @@ class Launch(NamedTuple):
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: Arguments, others: dict[str, Any]) -> None:
-    grid = (*grid, 1, 1)
-    key = (id(kernel), torch.cuda.current_device(), *map(_trait, args), *others, *map(_option, others.values()))
+    device, whole_grid = torch.cuda.current_device(), (*grid, 1, 1)
+    key = (id(kernel), device, *map(_trait, args), *others, *map(_option, others.values()))
     rest = [others[name] for name in kernel.arg_names[len(args) :]]
-    found = _found.get(key)
+    found = _FOUND.get(key)
     if found is None:
-        found = _found[key] = kernel[grid](*args, **others)
+        with _FIRST.setdefault(device, threading.Lock()):
+            found = _FOUND[key] = kernel[grid](*args, **others)
     else:
-        found[grid](*args, *rest)
+        found[whole_grid](*args, *rest)
     launches = getattr(_recording, "launches", None)
     if launches is not None:
-        launches.append((found, grid, (*args, *rest)))
+        launches.append((found, whole_grid, (*args, *rest)))
 
 
 def _trait(value: Any) -> Any:

@@ -24,7 +24,7 @@ H, V, N = 32, 64, 16
 def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(module, "_found", {})
+    monkeypatch.setattr(module, "_FOUND", {})
     monkeypatch.setattr(module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0)))
 
 

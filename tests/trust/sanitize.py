@@ -65,7 +65,7 @@ def calls() -> Iterator[None]:
 def run_calls() -> None:
     count = sum(1 for _ in calls())
     torch.cuda.synchronize()
-    kernels = sorted({kernel.name for kernel in launching._found.values()})
+    kernels = sorted({kernel.name for kernel in launching._FOUND.values()})
     print(f"ran {count} calls of the kernels {' '.join(kernels)}", flush=True)
 
 
@@ -87,7 +87,7 @@ def main() -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-        )  # fmt: skip
+        )
         for tool in arguments.tools
     }
     found: dict[str, dict] = {}
