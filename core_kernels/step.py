@@ -184,8 +184,7 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
     smoothing, and a bias, whose gradient is their sum, are not served.
     """
     problem, memory, options = step.problem, step.memory, step.options
-    served = problem.hidden is not None and problem.dtype == torch.bfloat16 and problem.shards is None
-    served = served and not (problem.has_bias or problem.groups) and options.label_smoothing == 0
+    served = problem.hidden is not None and why_not_kept(step) is None
     if not served or memory == "lean" or not runs_kernels(step.engine, device):
         return 0, step, step
     assert problem.hidden is not None
@@ -199,6 +198,20 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
     per_token += 6 * aligned(problem.hidden) + 64  # rows and vectors of the workspace
     most = (memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 64) // per_token
     return max(0, most), kept, step
+
+
+def why_not_kept(step: Step) -> str | None:
+    """What about a projected loss forbids to keep its exponentials for the gradient, whatever memory there is."""
+    problem = step.problem
+    if problem.dtype != torch.bfloat16:
+        return f"the inputs are {str(problem.dtype).removeprefix('torch.')}, and not bfloat16"
+    if problem.has_bias:
+        return "there is a bias"
+    if step.options.label_smoothing > 0:
+        return "there is label smoothing"
+    if problem.shards is not None:
+        return "the vocab is sharded"
+    return "the call is mapped" if problem.groups else None
 
 
 def aligned(columns: int) -> int:
