@@ -14,7 +14,7 @@ from core_kernels.tiles import INTERPRETED, Row, Tile, choose_tiles
 from tests.parity import framework, frontends
 from tests.parity.cases import Case, Inputs, make_inputs
 from tests.parity.closeness import EPSILON
-from tests.support import suite_device
+from tests.support import interpreting, suite_device
 from tests.trust.never_again import (
     AHEAD,
     KEPT,
@@ -32,7 +32,7 @@ SIXTEEN_BITS = (
     LOGITS[1],
     Way("logits", torch.float16),
     SLABS[2],
-    Way("linear", torch.float16, "speed", "slabs"),
+    Way("linear", torch.float16, "lean", "slabs"),
     KEPT,
     AHEAD,
 )
@@ -64,9 +64,9 @@ def with_label_logits(case: Case, gaps: torch.Tensor) -> Inputs:
 
 
 def check_each_loss(case: Case, inputs: Inputs, loss: np.ndarray) -> None:
-    """Every token's own: twice plain torch's error, a few roundings, and two of a sum of exponentials near 1."""
+    """Each to twice plain torch's error, and a few roundings of itself or of a sum of exponentials near 1."""
     expected, plain = frontends.run_oracle(case, inputs)["loss"], framework.run(case, inputs, suite_device())["loss"]
-    allowed = 2 * np.abs(plain.numpy() - expected) + EPSILON[torch.float32] * expected + 2 * 2.0**-23
+    allowed = 2 * np.abs(plain.numpy() - expected) + EPSILON[torch.float32] * np.maximum(expected, 1.0)
     assert (np.abs(loss - expected) <= allowed).all(), (loss, expected)
 
 
@@ -100,7 +100,7 @@ def test_8_the_log_of_a_vanished_exponential_is_finite_under_smoothing(way: Way,
 def test_8_losses_of_a_millionth_and_of_200_nats_are_each_exact(way: Way, frontend: str) -> None:
     """Relative to themselves: beside one of 200 nats nobody would see that a loss of 1e-6 is wrong."""
     gaps = torch.tensor([18.0, 18.25, 18.5, 10.0, 5.0, 0.0, -20.0, -200.0, -195.0])
-    case = way.case("each_exact", options={"reduction": "none"})
+    case = way.case("each_exact", leading=(9,), options={"reduction": "none"})
     inputs = with_label_logits(case, gaps)
     loss = agree(frontend, way, case, inputs)["loss"]
     assert loss.min() < 2e-6 and loss.max() > 195
@@ -120,21 +120,21 @@ def test_8_logits_around_10000_lose_no_more_than_float32_does(way: Way, frontend
 
 # ---- a large vocab
 
-WIDE = Tile(32, 4096, 32, group=2, warps=4, stages=1)
+WIDE = Tile(16, 16384, 16, group=2, warps=4, stages=1)
 WIDE_TILES: dict[str, Any] = {
     "project": WIDE,
     "keep": WIDE,
     "slab": WIDE,
-    "grad_x": Tile(32, 32, 4096, 2, 4, 1),
-    "grad_weight": Tile(4096, 32, 32, 2, 4, 1),
-    "forward": Row(4096, 4),
-    "backward": Row(4096, 4),
+    "grad_x": Tile(16, 16, 16384, 2, 4, 1),
+    "grad_weight": Tile(16384, 16, 16, 2, 4, 1),
+    "forward": Row(16384, 4),
+    "backward": Row(16384, 4),
 }
 
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Interpreted kernels that take 4096 classes at a time: 4096 tiles of 64 would take minutes."""
+    """Interpreted kernels that take 16384 classes at a time: 4096 tiles of 64 would take minutes."""
     monkeypatch.setattr("core_kernels.tiles.INTERPRETED", replace(INTERPRETED, **WIDE_TILES))
     choose_tiles.cache_clear()
     yield
@@ -142,7 +142,7 @@ def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("wide_tiles")
-@in_every_way
+@in_ways(LOGITS[0], KEPT, SLABS[0], *(() if interpreting() else (LOGITS[1], *SLABS[1:], AHEAD)))
 def test_8_a_vocab_of_262144_agrees_with_float64(way: Way, frontend: str) -> None:
     case = way.case("large_vocab", leading=(4,), hidden=8, vocab=262_144)
     inputs = make_inputs(case)
