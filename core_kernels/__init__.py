@@ -5,6 +5,7 @@ Knows torch tensors; knows no autograd and no JAX. Frontends use what is exporte
 
 from core_kernels.labels import check_labels
 from core_kernels.launch import launch
+from core_kernels.notices import say_once
 from core_kernels.options import OPTION_NAMES, Options
 from core_kernels.plan import Plan, plan
 from core_kernels.problem import Argument, Problem, linear_problem, logits_problem
@@ -25,4 +26,5 @@ __all__ = [
     "linear_problem",
     "logits_problem",
     "plan",
+    "say_once",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from core_kernels.notices import say_once
 from core_kernels.plan import Plan
 from core_kernels.tiles import Tile
 
@@ -92,4 +93,8 @@ def described_weight(weight: Tensor, columns: int, hidden: int) -> tuple[Any, st
         row, step = matrix.stride()
         if step == 1 and row * weight.itemsize % 16 == 0 and row > 0 and matrix.data_ptr() % 16 == 0:
             return TensorDescriptor.from_tensor(matrix, block), layout
+    say_once(
+        "the weight is read by elements and not in blocks, which is slower: neither its rows nor its columns are "
+        "contiguous with each at a multiple of 16 bytes, as a hidden size that is a multiple of 8 has them"
+    )
     return weight, "strided"

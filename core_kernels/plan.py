@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from core_kernels.engine import choose_engine
+from core_kernels.notices import say_once
 from core_kernels.options import Options
 from core_kernels.problem import Problem
-from core_kernels.step import KEPT_STATISTICS_BYTES, MIB, Buffer, Step, aligned, most_sorted
+from core_kernels.step import KEPT_STATISTICS_BYTES, MIB, Buffer, Step, aligned, most_sorted, why_not_kept
 from core_kernels.tiles import Tile, Tiles, choose_tiles
 
 # Bytes of the slab, the piece of the logits or of their gradient that is held at a time.
@@ -234,6 +235,8 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
     workspace = [*_compaction(step), *_rows(step, sums)]
     held = columns
     if not step.keep:
+        if memory == "speed":
+            _say_that_speed_is_not_met(step)
         rest = _bytes(workspace)
         if memory == "lean":
             more = max(0, n - LEAN_TOKENS) * LEAN_BYTES_PER_TOKEN
@@ -247,6 +250,17 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
 
 def _first_part(tokens: int, tiles: Tiles) -> int:
     return math.ceil(tokens / tiles.grad_x.m) * tiles.grad_x.m
+
+
+def _say_that_speed_is_not_met(step: Step) -> None:
+    why = why_not_kept(step)
+    if why is None and step.options.per_token:
+        why = "there are too many for reduction='none'"
+    why = why or "the loss was computed before it was known that a gradient would be"
+    say_once(
+        "memory='speed' would keep the exponentials of the logits for the backward pass, which projects them again, "
+        f"because {why}"
+    )
 
 
 def _rows(step: Step, sums: int) -> list[Buffer]:

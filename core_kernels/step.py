@@ -187,8 +187,7 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
     smoothing, and a bias, whose gradient is their sum, are not served.
     """
     problem, memory, options = step.problem, step.memory, step.options
-    served = problem.hidden is not None and problem.dtype == torch.bfloat16 and problem.shards is None
-    served = served and not (problem.has_bias or problem.groups) and options.label_smoothing == 0
+    served = problem.hidden is not None and why_not_kept(step) is None
     if not served or memory == "lean" or not runs_kernels(step.engine, device):
         return 0, step, step
     assert problem.hidden is not None
@@ -207,6 +206,20 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
 def most_sorted(problem: Problem) -> int:
     """Of how many tokens the labels may be sorted at a time."""
     return max(FEW_SORTED_TOKENS, problem.columns * (problem.hidden or 0) // ELEMENTS_PER_SORTED_TOKEN)
+
+
+def why_not_kept(step: Step) -> str | None:
+    """What about a projected loss forbids to keep its exponentials for the gradient, whatever memory there is."""
+    problem = step.problem
+    if problem.dtype != torch.bfloat16:
+        return f"the inputs are {str(problem.dtype).removeprefix('torch.')}, and not bfloat16"
+    if problem.has_bias:
+        return "there is a bias"
+    if step.options.label_smoothing > 0:
+        return "there is label smoothing"
+    if problem.shards is not None:
+        return "the vocab is sharded"
+    return "the call is mapped" if problem.groups else None
 
 
 def aligned(columns: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from core_kernels.engine import interpreting
+from core_kernels.notices import say_once
 
 # The products: statistics of the logits; the same, leaving their exponentials behind; a slab of the gradient of the
 # logits; and the gradients of the inputs.
@@ -95,6 +96,11 @@ def choose_tiles(device: torch.device, dtype: torch.dtype, hidden: int | None) -
             rows |= {name: Row(*row) for name, row in entry["rows"].items()}
         elif entry["capability"] == capability and (entry["bytes"], entry["hidden"]) == (dtype.itemsize, length):
             tiles |= {name: Tile(*tile) for name, tile in entry["tiles"].items()}
+    if all(entry["capability"] != capability for entry in measured()):
+        say_once(
+            "the tiles of its kernels were measured on other GPUs than this one, which may be slower than it could be "
+            "with those that benchmarks/tune.py finds for it"
+        )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Tiles(**tiles, **rows, processors=processors, overlap=capability >= 9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -327,6 +328,11 @@ def _run(
     class_weight: Tensor | None,
 ) -> Tensor | CrossEntropyOutput:
     tokens = rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
+    if weight is None and not torch.compiler.is_compiling() and _is_copied(rows):
+        core.say_once(
+            "cross_entropy copies its input, because the leading dimensions are not one in memory, as in "
+            "logits[:, :-1]: leave the logits whole and shift the labels, with ignore_index where none is"
+        )
     vectors = (None if v is None else v.contiguous() for v in (bias, class_weight))
     if weight is not None and torch.compiler.is_compiling():
         # Of torch.func.grad's own argument the compiler does not see that it requires grad: its gradient would be 0.
@@ -343,6 +349,15 @@ def _run(
         share = _share(num_items, rows.device)
         output |= {name: output[name] * share for name in ("loss", "z_loss") if name in output}
     return output["loss"] if len(names) == 1 else CrossEntropyOutput(**output)
+
+
+def _is_copied(rows: Tensor) -> bool:
+    """Whether it takes a copy to have the leading dimensions as one; no, if a tracer has yet to know their strides."""
+    sizes, strides = rows.shape[:-1], rows.stride()[:-1]
+    if not all(isinstance(number, int) for number in (*sizes, *strides)) or 0 in sizes:
+        return False
+    leading = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size > 1]
+    return any(outer != size * inner for (_, outer), (size, inner) in itertools.pairwise(leading))
 
 
 def _share(num_items: int | Tensor, device: torch.device) -> float | Tensor:

@@ -16,13 +16,22 @@ Results = dict[str, np.ndarray]  # OUTPUTS, and grad_*, in the dtypes they came 
 
 
 def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
+    arrays = {k: to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
+    out = call_torch(case, inputs, arrays)
+    out.loss.backward(inputs.upstream.to(device))
+    results = {name: getattr(out, name) for name in OUTPUTS}
+    return {k: to_numpy(v) for k, v in {**results, **{f"grad_{k}": v.grad for k, v in arrays.items()}}.items()}
+
+
+def call_torch(case: Case, inputs: Inputs, arrays: dict[str, Tensor]) -> Any:
+    """The case's loss and every metric, of `arrays` in place of those of the inputs, on their device."""
     import torch_api
 
-    arrays = {k: to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
-    labels, upstream = inputs.labels.to(device), inputs.upstream.to(device)
-    class_weight = None if inputs.class_weight is None else inputs.class_weight.to(device)
+    device = next(iter(arrays.values())).device
+    labels = inputs.labels.to(device)
+    class_weight = None if inputs.class_weight is None else to_device(inputs.class_weight, device)
     if case.operation == "linear":
-        out = torch_api.fused_linear_cross_entropy(
+        return torch_api.fused_linear_cross_entropy(
             arrays["x"],
             arrays["weight"],
             labels,
@@ -32,49 +41,57 @@ def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
             **case.options,
             **METRICS,
         )
-    else:
-        out = torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
-    out.loss.backward(upstream)
-    results = {name: getattr(out, name) for name in OUTPUTS}
-    return {k: to_numpy(v) for k, v in {**results, **{f"grad_{k}": v.grad for k, v in arrays.items()}}.items()}
+    return torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
 
 
 def run_jax(case: Case, inputs: Inputs) -> Results:
     import jax
+
+    arrays = to_jax_arrays(case, inputs)
+
+    @jax.jit
+    def value_and_gradients(arrays: dict[str, Any], upstream: Any) -> Any:
+        _, pullback, out = jax.vjp(
+            lambda a: (lambda out: (out.loss, out))(call_jax(case, inputs, a)), arrays, has_aux=True
+        )
+        return out, pullback(upstream)[0]
+
+    out, gradients = value_and_gradients(arrays, to_jax(inputs.upstream))
+    if "weight" in gradients and _hv(case):
+        gradients["weight"] = gradients["weight"].T
+    results = {name: getattr(out, name) for name in OUTPUTS}
+    return {k: np.asarray(v) for k, v in {**results, **{f"grad_{k}": v for k, v in gradients.items()}}.items()}
+
+
+def call_jax(case: Case, inputs: Inputs, arrays: dict[str, Any]) -> Any:
+    """The case's loss and every metric, of `arrays` in place of those of the inputs."""
     import jax.numpy as jnp
 
     import jax_api
 
-    hv = case.layout == "transposed_weight"
-    arrays = {k: _to_jax(v.T if hv and k == "weight" else v) for k, v in inputs.arrays.items()}
     labels = jnp.asarray(inputs.labels.numpy())
-    class_weight = None if inputs.class_weight is None else _to_jax(inputs.class_weight)
+    class_weight = None if inputs.class_weight is None else to_jax(inputs.class_weight)
+    if case.operation == "linear":
+        return jax_api.fused_linear_ce(
+            arrays["x"],
+            arrays["weight"],
+            labels,
+            arrays.get("bias"),
+            ce_weight=class_weight,
+            memory=case.memory,
+            weight_layout="hv" if _hv(case) else "vh",
+            **case.options,
+            **METRICS,
+        )
+    return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **METRICS)
 
-    def loss(arrays: dict[str, Any]) -> Any:
-        if case.operation == "linear":
-            return jax_api.fused_linear_ce(
-                arrays["x"],
-                arrays["weight"],
-                labels,
-                arrays.get("bias"),
-                ce_weight=class_weight,
-                memory=case.memory,
-                weight_layout="hv" if hv else "vh",
-                **case.options,
-                **METRICS,
-            )
-        return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **METRICS)
 
-    @jax.jit
-    def value_and_gradients(arrays: dict[str, Any], upstream: Any) -> Any:
-        _, pullback, out = jax.vjp(lambda a: (lambda out: (out.loss, out))(loss(a)), arrays, has_aux=True)
-        return out, pullback(upstream)[0]
+def to_jax_arrays(case: Case, inputs: Inputs) -> dict[str, Any]:
+    return {k: to_jax(v.T if k == "weight" and _hv(case) else v) for k, v in inputs.arrays.items()}
 
-    out, gradients = value_and_gradients(arrays, _to_jax(inputs.upstream))
-    if hv:
-        gradients["weight"] = gradients["weight"].T
-    results = {name: getattr(out, name) for name in OUTPUTS}
-    return {k: np.asarray(v) for k, v in {**results, **{f"grad_{k}": v for k, v in gradients.items()}}.items()}
+
+def _hv(case: Case) -> bool:
+    return case.layout == "transposed_weight"
 
 
 def run_oracle(case: Case, inputs: Inputs) -> Results:
@@ -107,7 +124,7 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return torch.as_strided(storage, tensor.shape, tensor.stride()).detach()
 
 
-def _to_jax(tensor: Tensor) -> Any:
+def to_jax(tensor: Tensor) -> Any:
     import jax.numpy as jnp
 
     array = jnp.asarray(to_numpy(tensor))
