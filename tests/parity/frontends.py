@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,17 @@ OUTPUTS = ("loss", "z_loss", "token_accuracy", "predicted_tokens", "num_valid", 
 Results = dict[str, np.ndarray]  # OUTPUTS, and grad_*, in the dtypes they came in
 
 
-def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
+def run_torch(
+    case: Case,
+    inputs: Inputs,
+    device: torch.device,
+    wanted: Collection[str] | None = None,
+    metrics: dict[str, bool] = METRICS,
+) -> Results:
+    """With gradients by the ``wanted`` inputs, or by all."""
     import torch_api
 
-    arrays = {k: to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
+    arrays = {k: to_device(v, device).requires_grad_(_is_wanted(k, wanted)) for k, v in inputs.arrays.items()}
     labels, upstream = inputs.labels.to(device), inputs.upstream.to(device)
     class_weight = None if inputs.class_weight is None else inputs.class_weight.to(device)
     if case.operation == "linear":
@@ -30,16 +38,25 @@ def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
             class_weight,
             memory=case.memory,
             **case.options,
-            **METRICS,
+            **metrics,
         )
     else:
-        out = torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
-    out.loss.backward(upstream)
-    results = {name: getattr(out, name) for name in OUTPUTS}
-    return {k: to_numpy(v) for k, v in {**results, **{f"grad_{k}": v.grad for k, v in arrays.items()}}.items()}
+        out = torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **metrics)
+    results = {"loss": out} if isinstance(out, Tensor) else _present(out)
+    if results["loss"].requires_grad:
+        results["loss"].backward(upstream)
+    gradients = {f"grad_{k}": v.grad for k, v in arrays.items() if v.requires_grad}
+    return {k: to_numpy(v) for k, v in {**results, **gradients}.items()}
 
 
-def run_jax(case: Case, inputs: Inputs) -> Results:
+def run_jax(
+    case: Case,
+    inputs: Inputs,
+    wanted: Collection[str] | None = None,
+    metrics: dict[str, bool] = METRICS,
+    jit: bool = True,
+) -> Results:
+    """With gradients by the ``wanted`` inputs, or by all."""
     import jax
     import jax.numpy as jnp
 
@@ -61,19 +78,28 @@ def run_jax(case: Case, inputs: Inputs) -> Results:
                 memory=case.memory,
                 weight_layout="hv" if hv else "vh",
                 **case.options,
-                **METRICS,
+                **metrics,
             )
-        return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **METRICS)
+        return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **metrics)
 
-    @jax.jit
-    def value_and_gradients(arrays: dict[str, Any], upstream: Any) -> Any:
-        _, pullback, out = jax.vjp(lambda a: (lambda out: (out.loss, out))(loss(a)), arrays, has_aux=True)
-        return out, pullback(upstream)[0]
+    def value_and_gradients(arrays: dict[str, Any], others: dict[str, Any], upstream: Any) -> Any:
+        if not arrays:
+            out = loss(others)
+            return ({"loss": out} if isinstance(out, jax.Array) else _present(out)), {}
 
-    out, gradients = value_and_gradients(arrays, _to_jax(inputs.upstream))
-    if hv:
+        def loss_and_results(arrays: dict[str, Any]) -> Any:
+            out = loss(arrays | others)
+            return (out, {"loss": out}) if isinstance(out, jax.Array) else (out.loss, _present(out))
+
+        _, pullback, results = jax.vjp(loss_and_results, arrays, has_aux=True)
+        return results, pullback(upstream)[0]
+
+    differentiated = {k: v for k, v in arrays.items() if _is_wanted(k, wanted)}
+    others = {k: v for k, v in arrays.items() if k not in differentiated}
+    run = jax.jit(value_and_gradients) if jit else value_and_gradients
+    results, gradients = run(differentiated, others, _to_jax(inputs.upstream))
+    if hv and "weight" in gradients:
         gradients["weight"] = gradients["weight"].T
-    results = {name: getattr(out, name) for name in OUTPUTS}
     return {k: np.asarray(v) for k, v in {**results, **{f"grad_{k}": v for k, v in gradients.items()}}.items()}
 
 
@@ -90,6 +116,14 @@ def run_oracle(case: Case, inputs: Inputs) -> Results:
         **{name: getattr(expected, name) for name in OUTPUTS},
         **{f"grad_{k}": v for k, v in expected.gradients.items()},
     }
+
+
+def _is_wanted(name: str, wanted: Collection[str] | None) -> bool:
+    return wanted is None or name in wanted
+
+
+def _present(out: Any) -> dict[str, Any]:
+    return {name: getattr(out, name) for name in OUTPUTS if getattr(out, name) is not None}
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
