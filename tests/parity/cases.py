@@ -272,7 +272,9 @@ def _table() -> list[Case]:
         add(f"everything_{reduction}", *both, class_weight=True, **options(**EVERYTHING, reduction=reduction))
         add(f"token_scaling_{reduction}", linear, **options(use_token_scaling=True, reduction=reduction))
     add("bias", linear, bias=True)
-    add("all_options_of_linear", linear, bias=True, class_weight=True, **options(**EVERYTHING, use_token_scaling=True))
+    add(
+        "all_options_of_linear", linear, bias=True, class_weight=True, **options(**EVERYTHING, use_token_scaling=True)
+    )
 
     add("int32_labels", *both, label_dtype=torch.int32)
     add("leading_dimensions", *both, leading=(3, 2, 5), **options(reduction="none"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.support import interpreting, on_gpu
 
@@ -16,6 +16,7 @@ settings.register_profile(
     max_examples=10 if interpreting() or on_gpu() else 40,
     deadline=None,
     derandomize=True,
+    phases=(Phase.explicit, Phase.generate),  # to shrink a failure takes minutes where kernels are interpreted
     suppress_health_check=SLOW,
 )
 settings.register_profile("long", max_examples=3000, deadline=None, suppress_health_check=SLOW, print_blob=True)
