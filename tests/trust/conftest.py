@@ -13,7 +13,7 @@ SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too
 # Interpreted kernels run for half a second, and compiled ones are compiled anew for most examples.
 settings.register_profile(
     "ci",
-    max_examples=10 if interpreting() or on_gpu() else 40,
+    max_examples=10 if interpreting() or on_gpu() else 100,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate),  # to shrink a failure takes minutes where kernels are interpreted

@@ -151,7 +151,7 @@ def _subsets(names: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     return tuple(itertools.chain.from_iterable(itertools.combinations(names, n) for n in range(len(names) + 1)))
 
 
-# What is drawn, by name: simple values first, for a failure shrinks towards them.
+# What is drawn, by name: simple values first, for a failure shrinks towards them; twice, what is more usual.
 LEADING = ((3,), (1,), (), (0,), (2,), (9,), (31,), (32,), (33,), (41,), (65,), (2, 0), (3, 4), (1, 1, 1), (2, 3, 5))
 SPACE: dict[str, tuple[Any, ...]] = {
     "operation": ("linear", "logits"),
@@ -176,13 +176,13 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "metrics": _subsets(tuple(METRICS)),
 }
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "reduction": ("mean", "sum", "none"),
+    "reduction": ("mean", "sum", "none", "mean"),
     "label_smoothing": (0.0, 0.1, 1.0),
-    "lse_square_scale": (0.0, 0.01),
+    "lse_square_scale": (0.0, 0.01, 0.1),
     "softcap": (None, 5.0, 50.0),
     "logit_scale": (1.0, 0.7, 4.0, -0.3),
     "use_token_scaling": (False, True),
-    "num_items_in_batch": (None, 101),
+    "num_items_in_batch": (None, None, 101),
 }
 DEFAULTS = {name: values[0] for name, values in OPTIONS.items()}
 
