@@ -29,11 +29,12 @@ def check_results(
     plain: dict[str, torch.Tensor],
 ) -> None:
     assert ours.keys() == expected.keys(), frontend
-    for key in INTEGERS:
+    for key in expected.keys() & {*INTEGERS}:
         assert np.issubdtype(ours[key].dtype, np.integer), f"{frontend} {key}"
         assert np.array_equal(ours[key], expected[key]), f"{frontend} {key}"
-    assert ours["token_accuracy"].dtype == np.float32, frontend
-    assert np.allclose(ours["token_accuracy"], expected["token_accuracy"], rtol=1e-6, atol=0), frontend
+    if "token_accuracy" in expected:
+        assert ours["token_accuracy"].dtype == np.float32, frontend
+        assert np.allclose(ours["token_accuracy"], expected["token_accuracy"], rtol=1e-6, atol=0), frontend
     for key in expected.keys() - {*INTEGERS, "token_accuracy"}:
         is_gradient = key.startswith("grad_")
         assert is_gradient or ours[key].dtype == np.float32, f"{frontend} {key}"

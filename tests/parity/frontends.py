@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,25 @@ OUTPUTS = ("loss", "z_loss", "token_accuracy", "predicted_tokens", "num_valid", 
 Results = dict[str, np.ndarray]  # OUTPUTS, and grad_*, in the dtypes they came in
 
 
-def run_torch(case: Case, inputs: Inputs, device: torch.device) -> Results:
-    arrays = {k: to_device(v, device).requires_grad_() for k, v in inputs.arrays.items()}
-    out = call_torch(case, inputs, arrays)
-    out.loss.backward(inputs.upstream.to(device))
-    results = {name: getattr(out, name) for name in OUTPUTS}
-    return {k: to_numpy(v) for k, v in {**results, **{f"grad_{k}": v.grad for k, v in arrays.items()}}.items()}
+def run_torch(
+    case: Case,
+    inputs: Inputs,
+    device: torch.device,
+    wanted: Collection[str] | None = None,
+    metrics: dict[str, bool] = METRICS,
+) -> Results:
+    """With gradients by the ``wanted`` inputs, or by all."""
+    arrays = {k: to_device(v, device).requires_grad_(_is_wanted(k, wanted)) for k, v in inputs.arrays.items()}
+    out = call_torch(case, inputs, arrays, metrics)
+    results = {"loss": out} if isinstance(out, Tensor) else _present(out)
+    if results["loss"].requires_grad:
+        results["loss"].backward(inputs.upstream.to(device))
+    gradients = {f"grad_{k}": v.grad for k, v in arrays.items() if v.requires_grad}
+    return {k: to_numpy(v) for k, v in {**results, **gradients}.items()}
 
 
-def call_torch(case: Case, inputs: Inputs, arrays: dict[str, Tensor]) -> Any:
-    """The case's loss and every metric, of `arrays` in place of those of the inputs, on their device."""
+def call_torch(case: Case, inputs: Inputs, arrays: dict[str, Tensor], metrics: dict[str, bool] = METRICS) -> Any:
+    """The case's loss and metrics, of ``arrays`` in place of those of the inputs, on their device."""
     import torch_api
 
     device = next(iter(arrays.values())).device
@@ -39,32 +49,45 @@ def call_torch(case: Case, inputs: Inputs, arrays: dict[str, Tensor]) -> Any:
             class_weight,
             memory=case.memory,
             **case.options,
-            **METRICS,
+            **metrics,
         )
-    return torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
+    return torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **metrics)
 
 
-def run_jax(case: Case, inputs: Inputs) -> Results:
+def run_jax(
+    case: Case,
+    inputs: Inputs,
+    wanted: Collection[str] | None = None,
+    metrics: dict[str, bool] = METRICS,
+    jit: bool = True,
+) -> Results:
+    """With gradients by the ``wanted`` inputs, or by all."""
     import jax
 
+    def value_and_gradients(arrays: dict[str, Any], others: dict[str, Any], upstream: Any) -> Any:
+        if not arrays:
+            out = call_jax(case, inputs, others, metrics)
+            return ({"loss": out} if isinstance(out, jax.Array) else _present(out)), {}
+
+        def loss_and_results(arrays: dict[str, Any]) -> Any:
+            out = call_jax(case, inputs, arrays | others, metrics)
+            return (out, {"loss": out}) if isinstance(out, jax.Array) else (out.loss, _present(out))
+
+        _, pullback, results = jax.vjp(loss_and_results, arrays, has_aux=True)
+        return results, pullback(upstream)[0]
+
     arrays = to_jax_arrays(case, inputs)
-
-    @jax.jit
-    def value_and_gradients(arrays: dict[str, Any], upstream: Any) -> Any:
-        _, pullback, out = jax.vjp(
-            lambda a: (lambda out: (out.loss, out))(call_jax(case, inputs, a)), arrays, has_aux=True
-        )
-        return out, pullback(upstream)[0]
-
-    out, gradients = value_and_gradients(arrays, to_jax(inputs.upstream))
+    differentiated = {k: v for k, v in arrays.items() if _is_wanted(k, wanted)}
+    others = {k: v for k, v in arrays.items() if k not in differentiated}
+    run = jax.jit(value_and_gradients) if jit else value_and_gradients
+    results, gradients = run(differentiated, others, to_jax(inputs.upstream))
     if "weight" in gradients and _hv(case):
         gradients["weight"] = gradients["weight"].T
-    results = {name: getattr(out, name) for name in OUTPUTS}
     return {k: np.asarray(v) for k, v in {**results, **{f"grad_{k}": v for k, v in gradients.items()}}.items()}
 
 
-def call_jax(case: Case, inputs: Inputs, arrays: dict[str, Any]) -> Any:
-    """The case's loss and every metric, of `arrays` in place of those of the inputs."""
+def call_jax(case: Case, inputs: Inputs, arrays: dict[str, Any], metrics: dict[str, bool] = METRICS) -> Any:
+    """The case's loss and metrics, of ``arrays`` in place of those of the inputs."""
     import jax.numpy as jnp
 
     import jax_api
@@ -81,9 +104,9 @@ def call_jax(case: Case, inputs: Inputs, arrays: dict[str, Any]) -> Any:
             memory=case.memory,
             weight_layout="hv" if _hv(case) else "vh",
             **case.options,
-            **METRICS,
+            **metrics,
         )
-    return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **METRICS)
+    return jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **metrics)
 
 
 def to_jax_arrays(case: Case, inputs: Inputs) -> dict[str, Any]:
@@ -107,6 +130,14 @@ def run_oracle(case: Case, inputs: Inputs) -> Results:
         **{name: getattr(expected, name) for name in OUTPUTS},
         **{f"grad_{k}": v for k, v in expected.gradients.items()},
     }
+
+
+def _is_wanted(name: str, wanted: Collection[str] | None) -> bool:
+    return wanted is None or name in wanted
+
+
+def _present(out: Any) -> dict[str, Any]:
+    return {name: getattr(out, name) for name in OUTPUTS if getattr(out, name) is not None}
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
