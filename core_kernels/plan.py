@@ -140,7 +140,7 @@ def _chunk(step: Step, tiles: Tiles) -> int:
     if not step.ahead:
         return tokens if step.keep else 0
     most = max(1, CHUNK_BYTES // (2 * aligned(step.problem.columns) * tile.m)) * tile.m
-    return math.ceil(tokens / math.ceil(tokens / most) / tile.m) * tile.m
+    return math.ceil(tokens / max(1, math.ceil(tokens / most)) / tile.m) * tile.m
 
 
 def _chunk_buffers(step: Step, chunk: int) -> list[Buffer]:
