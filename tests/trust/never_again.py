@@ -52,7 +52,7 @@ class Way:
 
     def case(self, name: str, **changes: Any) -> Case:
         """A small case that takes this way: several tiles of the vocab, none even."""
-        case = Case(f"{name}-{self}", self.operation, (7,), 24, 101, self.dtype, memory=self.memory)
+        case = Case(f"{name}-{self}", self.operation, (7,), 24, 69, self.dtype, memory=self.memory)
         return replace(case, **changes)
 
     @property
@@ -75,18 +75,20 @@ AHEAD = Way("linear", torch.bfloat16, "speed", "ahead")
 LINEAR = (KEPT, *SLABS, AHEAD)
 
 
-def in_ways(*ways: Way) -> pytest.MarkDecorator:
-    """Each of the ways, in both frontends.
+def distinct(*ways: Way) -> list[Way]:
+    """All of them; of slow, interpreted kernels, one of those that differ in dtype or in the width of slabs alone."""
+    firsts = {(way.operation, way.schedule.replace("whole", "slabs")): way for way in reversed(ways)}
+    return [way for way in ways if not interpreting() or way in firsts.values()]
 
-    Interpreted kernels are slow. There JAX, which launches what torch does, takes the first way of each operation, and
-    a slab of the whole vocab is left to tests whose vocab is one tile.
-    """
+
+def in_ways(*ways: Way) -> pytest.MarkDecorator:
+    """Each of the ways, in both frontends; interpreted, JAX, which launches what torch does, takes one an operation."""
     firsts = {way.operation: way for way in reversed(ways)}.values()
     chosen = [
         pytest.param(way, frontend, id=f"{way}-{frontend}")
-        for way in ways
+        for way in distinct(*ways)
         for frontend in FRONTENDS
-        if not interpreting() or (way in firsts if frontend == "jax" else way.schedule != "whole")
+        if frontend == "torch" or not interpreting() or way in firsts
     ]
     return pytest.mark.parametrize(("way", "frontend"), chosen)
 

@@ -71,11 +71,11 @@ def check_each_loss(case: Case, inputs: Inputs, loss: np.ndarray) -> None:
 
 
 @per_token_in_every_way
-@pytest.mark.parametrize("gap", [16.0, 60.0, 1000.0])
+@pytest.mark.parametrize("gap", [16.0, 1000.0])
 def test_8_a_token_loss_is_never_negative(way: Way, frontend: str, gap: float) -> None:
     """The label's logit is the whole of the sum, up to rounding: a log-probability must not come out above 0."""
-    case = way.case("never_negative", leading=(24,), options={"reduction": "none"})
-    inputs = with_label_logits(case, gap + torch.linspace(0, 1, 24))
+    case = way.case("never_negative", leading=(12,), options={"reduction": "none"})
+    inputs = with_label_logits(case, gap + torch.linspace(0, 1, 12))
     loss = run(frontend, way, case, inputs)["loss"]
     assert (loss >= 0).all()
     check_each_loss(case, inputs, loss)

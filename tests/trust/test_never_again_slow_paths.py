@@ -30,6 +30,7 @@ from tests.trust.never_again import (
     LOGITS,
     SLABS,
     Way,
+    distinct,
     jax_vjp,
     scheduled,
     torch_leaves,
@@ -252,7 +253,7 @@ def test_10_a_model_whose_logits_are_needed_says_so_once(device: torch.device) -
 
 
 @in_both_frontends
-@pytest.mark.parametrize("way", [*LOGITS, *(way for way in LINEAR if way.schedule != "whole")], ids=str)
+@pytest.mark.parametrize("way", distinct(*LOGITS, *(way for way in LINEAR if way.schedule != "whole")), ids=str)
 def test_10_what_is_met_or_documented_says_nothing(way: Way, frontend: str) -> None:
     """``"lean"``, ``"speed"`` in bf16, ``"auto"`` in any dtype; and on a CPU the engine that runs there."""
     assert steps(frontend, way, way.case("met")) == []
