@@ -65,6 +65,8 @@ def with_upstream(way: Way, name: str, **changes: Any) -> Case:
 def test_2_gradients_of_a_projection_in_torch(way: Way, layout: Callable[[Tensor], Tensor], name: str) -> None:
     case = with_upstream(way, f"{name}_{layout.__name__}")
     inputs = make_inputs(case)
+    for array in inputs.arrays.values():  # so that logits which are equal come out equal in any order of summation
+        array.mul_(4).round_().div_(4)
     agree("torch", way, case, with_arrays(inputs, **{name: layout(inputs.arrays[name])}))
 
 
