@@ -65,6 +65,7 @@ def test_3_what_is_trained_has_its_gradient_beside_what_is_frozen(
         ours = differentiate(frontend, case, inputs, wanted)
     check(frontend, case, inputs, ours)
     assert [planned.step.wanted for planned in plans] == [(), wanted]
+    assert plans[0].step.ahead in ((), wanted)  # what is frozen costs nothing
 
 
 @in_ways(*SLABS)

@@ -50,7 +50,8 @@ def test_8_the_loss_of_16_bit_inputs_is_float32_and_as_exact(way: Way, frontend:
 def with_label_logits(case: Case, gaps: torch.Tensor) -> Inputs:
     """Logits near 0, but for each token's label, whose logit is near the token's gap; no token is ignored.
 
-    Of a projection, each token has a direction of its own, as has its label's class.
+    Of a projection, each token has a direction of its own, as has its label's class; turned so that all of their sum
+    is rounded.
     """
     inputs = make_inputs(case)
     token = torch.arange(len(gaps))
@@ -60,6 +61,9 @@ def with_label_logits(case: Case, gaps: torch.Tensor) -> Inputs:
     else:
         inputs.arrays["x"].mul_(0.1)[token, token] = gaps.to(case.dtype)
         inputs.arrays["weight"].mul_(0.1)[labels] += torch.eye(case.hidden, dtype=case.dtype)[: len(gaps)]
+        turn, _ = torch.linalg.qr(torch.randn(case.hidden, case.hidden, generator=torch.Generator().manual_seed(0)))
+        for array in inputs.arrays.values():
+            array.copy_(array.float() @ turn)
     return replace(inputs, labels=labels)
 
 

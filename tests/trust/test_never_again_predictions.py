@@ -51,6 +51,18 @@ def test_7_the_lowest_index_wins_a_tie_between_distant_blocks(way: Way, frontend
 
 
 @in_every_way
+def test_7_the_lowest_index_wins_a_tie_far_above_the_label(way: Way, frontend: str) -> None:
+    """So far that exponentials relative to the label's logit would overflow, which makes kernels look at it again."""
+    case = way.case("far_ties", vocab=2 * way.block + 37)
+    columns = [way.block + 1, 2 * way.block - 2, 2 * way.block + 30]
+    inputs = highest_columns(case, columns, [200.0] * 3)
+    inputs.labels[inputs.labels >= 0] = 1
+    ours = agree(frontend, way, case, inputs)
+    assert (ours["predicted_tokens"][1:-1] == columns[0]).all()
+    check_accuracy(inputs, ours)
+
+
+@in_every_way
 def test_7_the_argmax_is_taken_after_a_softcap_that_makes_ties(way: Way, frontend: str) -> None:
     """Raw logits grow from block to block, and all are capped to exactly 2: the lowest index wins."""
     case = way.case("saturated", vocab=2 * way.block + 37, options={"softcap": 2.0})
@@ -122,15 +134,21 @@ def test_7_accuracy_and_predictions_agree_per_token(way: Way, frontend: str) -> 
     assert ours["token_accuracy"].sum() >= 4
 
 
-def test_7_the_lowest_index_wins_a_tie_between_shards_of_the_vocab() -> None:
+def test_7_the_lowest_index_wins_a_tie_between_shards_of_the_vocab_and_between_their_blocks() -> None:
     """What each device knows of its shard is merged alike in both frontends: by one kernel."""
-    problem = linear(tokens=5, vocab=3 * 41, bias=False, class_weight=False)
+    columns = 2 * LINEAR[0].block + 9
+    problem = linear(tokens=7, vocab=3 * columns, bias=False, class_weight=False)
     loss = Step("loss", problem, Options(return_predicted_tokens=True, return_token_accuracy=True))
     inputs = random_inputs(loss, suite_device())
+    ties = [columns - 2, 2 * columns - 5, columns + 1, 2 * columns + 1]
     inputs["x"][:, 0], inputs["weight"][:, 0] = 1, 0
-    inputs["weight"][[40, 41, 100]] = 0
-    inputs["weight"][[40, 41, 100], 0] = 64
-    inputs["labels"][1:4] = torch.tensor([100, 41, 40])
+    inputs["weight"][ties] = 0
+    inputs["weight"][ties, 0] = 64
+    inputs["labels"][1:-1] = torch.tensor([*ties, ties[0]])
     found = combine(loss, inputs, 3)
-    assert found["predicted_tokens"].tolist() == [-1, 40, 40, 40, -1]
-    assert found["token_accuracy"].item() == np.float32(1 / 3)
+    assert found["predicted_tokens"].tolist() == [-1, *[ties[0]] * 5, -1]
+    assert found["token_accuracy"].item() == np.float32(2 / 5)
+
+    inputs["weight"][ties[0]] = 0  # then the first tie is within the second shard, in its first block and its last
+    found = combine(loss, inputs, 3)
+    assert found["predicted_tokens"].tolist() == [-1, *[ties[2]] * 5, -1]
