@@ -131,6 +131,10 @@ def _rounded_and_terms(problem: Problem, inputs: Inputs) -> tuple[Results, Resul
         tanh = np.where(np.abs(tanh) < 1.0, tanh * (1.0 + up_or_down[1]), tanh)
         z, slope = cap * tanh, scale * (1.0 - tanh**2)
     labels, upstream = inputs.labels.numpy(), inputs.upstream.double().numpy()
+    if problem.options.get("use_token_scaling"):  # exp(-(lse - z_y)), of a difference that is rounded
+        own = np.eye(problem.vocab)[np.where(_valid(problem, labels), labels, 0)]
+        with np.errstate(invalid="ignore"):
+            z = np.where(own > 0.0, z - ROUNDING * (z.max(-1, keepdims=True) - z), z)
     class_weight = None if inputs.class_weight is None else inputs.class_weight.double().numpy()
     answer = oracle.cross_entropy(z, labels, class_weight=class_weight, upstream=upstream, **options)
     dtype, valid = problem.dtype, _valid(problem, labels)[..., None]
