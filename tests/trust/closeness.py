@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -33,9 +34,10 @@ def margins_of(problem: Problem, inputs: Inputs, expected: Results, device: torc
 
     The error of plain torch; and, since that is 0 by luck where there are few numbers or all cancel,
 
-    - what it costs the oracle that every logit is off by one float32 rounding of its terms, its tanh and its
+    - what it costs the oracle that every logit is off by one float32 rounding of its terms (if any), its tanh and its
       exponential by one of their own, and that every gradient of a logit, and every gradient, is rounded to the dtype;
-    - one float32 rounding of all that gradients are sums of.
+    - what a float32 sum may be off by, in any order: half a rounding of all its terms for each of them (of equal ones
+      all err alike), and at least one.
     """
     plain = framework.run(problem, inputs, device)
     rounded, terms = _rounded_and_terms(problem, inputs)
@@ -81,7 +83,7 @@ def _check_predictions(problem: Problem, inputs: Inputs, valid: np.ndarray, pred
     Elsewhere a largest one to rounding; of exact equals the lowest still.
     """
     logits, terms = (array[valid] for array in _logits_and_terms(inputs))
-    known = problem.exact or problem.operation == "logits"
+    known = _known(problem)
     z = np.float32(problem.options.get("logit_scale", 1.0)) * logits.astype(np.float32)
     cap = problem.options.get("softcap")
     if known and cap is None:
@@ -98,6 +100,11 @@ def _check_predictions(problem: Problem, inputs: Inputs, valid: np.ndarray, pred
         assert (predictions == (logits == logits[chosen][:, None]).argmax(1)).all()
 
 
+def _known(problem: Problem) -> bool:
+    """Whether float32 has the logits exactly, before scale and cap."""
+    return problem.exact or problem.operation == "logits"
+
+
 def _logits_and_terms(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
     """Logits before scale and cap, in float64, and the sums of the absolute values of what they are sums of."""
     arrays = {name: array.double().numpy() for name, array in inputs.arrays.items()}
@@ -109,19 +116,25 @@ def _logits_and_terms(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _rounded_and_terms(problem: Problem, inputs: Inputs) -> tuple[Results, Results]:
-    """The oracle's losses and gradients where all is rounded once; and sums of the absolute terms of gradients."""
+    """The oracle's losses and gradients where all is rounded once; and of what sums may be off by a rounding."""
     logits, terms = _logits_and_terms(inputs)
     up_or_down = ROUNDING * np.random.default_rng(0).choice((-1.0, 1.0), (2, *logits.shape))
     options = {**problem.options}
     scale, cap = options.pop("logit_scale", 1.0), options.pop("softcap", None)
     with np.errstate(invalid="ignore"):
+        if _known(problem):  # the product is exact, and so is a scale of a power of two
+            terms = np.abs(logits) * (math.frexp(scale)[0] not in (0.5, -0.5))
         roundings = (abs(scale) * terms + 1.0) * up_or_down[0]
-        z, slope = np.where(np.isfinite(terms), scale * logits + roundings, scale * logits), scale
+        z, slope = np.where(np.isfinite(logits), scale * logits + roundings, scale * logits), scale
     if cap is not None:
         tanh = np.tanh(z / cap)
         tanh = np.where(np.abs(tanh) < 1.0, tanh * (1.0 + up_or_down[1]), tanh)
         z, slope = cap * tanh, scale * (1.0 - tanh**2)
     labels, upstream = inputs.labels.numpy(), inputs.upstream.double().numpy()
+    if problem.options.get("use_token_scaling"):  # exp(-(lse - z_y)), of a difference that is rounded
+        own = np.eye(problem.vocab)[np.where(_valid(problem, labels), labels, 0)]
+        with np.errstate(invalid="ignore"):
+            z = np.where(own > 0.0, z - ROUNDING * (z.max(-1, keepdims=True) - z), z)
     class_weight = None if inputs.class_weight is None else inputs.class_weight.double().numpy()
     answer = oracle.cross_entropy(z, labels, class_weight=class_weight, upstream=upstream, **options)
     dtype, valid = problem.dtype, _valid(problem, labels)[..., None]
@@ -130,7 +143,13 @@ def _rounded_and_terms(problem: Problem, inputs: Inputs) -> tuple[Results, Resul
     losses = {"loss": answer.loss, "z_loss": answer.z_loss}
     gradients = _sums(problem, inputs, rounded.double().numpy(), lambda array: array)
     gradients = {name: torch.from_numpy(gradient).to(dtype).double().numpy() for name, gradient in gradients.items()}
-    return losses | gradients, _sums(problem, inputs, absolute, np.abs)
+    terms = _sums(problem, inputs, absolute, np.abs)
+    if problem.reduction != "none":
+        terms |= {name: np.abs(loss) for name, loss in losses.items()}
+    tokens = int(valid.sum())
+    lengths = {"grad_logits": 1, "grad_x": problem.vocab, "grad_weight": tokens, "grad_bias": tokens}
+    terms = {name: max(1.0, lengths.get(name, tokens) / 2) * total for name, total in terms.items()}
+    return losses | gradients, terms
 
 
 def _terms_of_gradient(problem: Problem, inputs: Inputs, z: np.ndarray) -> np.ndarray:

@@ -28,6 +28,7 @@ class Problem(Case):
     seed: int = 0
     exact: bool = True
     magnitude: float = USUAL
+    right: float = 0.0  # the share of tokens whose label has the largest logit
     tied: bool = False  # three classes alike, the largest in many rows
     masked: str = "none"  # classes whose logits are -inf
     ignored: str = "none"  # tokens whose label is ignore_index
@@ -63,7 +64,7 @@ def make_inputs(problem: Problem) -> Inputs:
     if problem.tied:
         _tie(arrays, labels, generator)
     masked = _mask(problem, arrays, generator)
-    right = torch.rand(tokens, generator=generator) < 0.3
+    right = torch.rand(tokens, generator=generator) < problem.right
     labels = torch.where(right, _logits(arrays).argmax(1), labels)
     if masked.any():  # a label that is masked costs inf: one of them stays
         labels[1:] = torch.where(masked[labels[1:]], (~masked).nonzero()[0], labels[1:])
@@ -81,7 +82,8 @@ def make_inputs(problem: Problem) -> Inputs:
     class_weight = None
     if problem.class_weight:
         class_weight = torch.rand(vocab, generator=generator) + 0.5
-        class_weight[torch.rand(vocab, generator=generator) < 0.1] = 0.0
+        if not masked.any():  # what an infinite loss is over no weight at all is not said
+            class_weight[torch.rand(vocab, generator=generator) < 0.1] = 0.0
     arrays = {k: v.view(*leading, v.shape[-1]) if k == problem.rows else v for k, v in arrays.items()}
     arrays = {k: v.to(problem.dtype) for k, v in arrays.items()}
     layouts = {problem.rows: problem.rows_layout, "weight": problem.layout}
@@ -164,6 +166,7 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "class_weight": (False, True),
     "exact": (True, False),
     "magnitude": (USUAL, TINY, PEAKED),
+    "right": (0.0, 0.3, 1.0),
     "tied": (False, True),
     "masked": ("none", "first", "some"),
     "ignored": ("none", "ends", "some", "all"),
