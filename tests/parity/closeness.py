@@ -39,6 +39,8 @@ def check_results(
         is_gradient = key.startswith("grad_")
         assert is_gradient or ours[key].dtype == np.float32, f"{frontend} {key}"
         epsilon = EPSILON[case.dtype if is_gradient else torch.float32]
+        if case.options.get("use_token_scaling"):  # an exponential of the token's loss, up to 16 here, has its rounding
+            epsilon += 16 * 2.0**-24
         _check_close(f"{frontend} {key}", ours[key], expected[key], plain[key].numpy(), epsilon)
 
 

@@ -135,7 +135,7 @@ def test_labels_on_another_device(batch: dict[str, Tensor], device: torch.device
     enabled, plain = make("LlamaForCausalLM", device, **METRICS)
     batch["labels"] = batch["labels"].cpu()
     assert_same_step(enabled, plain, **batch)
-    assert enabled(**batch).predicted_tokens.device == device
+    assert enabled(**batch).predicted_tokens.device.type == device.type
 
 
 def test_a_loss_of_ones_own(batch: dict[str, Tensor], device: torch.device) -> None:

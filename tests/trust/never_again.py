@@ -36,7 +36,7 @@ FRONTENDS = ("torch", "jax")
 class Way:
     """An operation in a dtype, and the schedule that a ``memory`` has it take.
 
-    Of a projection: ``"slabs"`` of one tile, or ``"whole"``, one slab of the whole vocab, project the logits again in
+    Of a projection: ``"slabs"`` of few tiles, or ``"whole"``, one slab of the whole vocab, project the logits again in
     the backward pass; ``"kept"`` exponentials and gradients computed ``"ahead"`` do not.
     """
 
@@ -138,11 +138,10 @@ def check_schedule(way: Way, plans: list[Plan]) -> None:
     if way.operation == "logits" or not way.met or not (interpreting() or on_gpu()):
         return
     assert all(taken(step) == way.schedule.replace("whole", "slabs") for step in steps)
-    tile = max(plans[0].tiles.slab.n, plans[0].tiles.grad_weight.m) if plans else 0
     for planned in plans:
         if planned.step.kind == "gradient" and way.schedule in ("slabs", "whole"):
-            width = planned.problem.columns if way.schedule == "whole" else min(tile, planned.problem.columns)
-            assert planned.slab == width
+            in_one = way.schedule == "whole" or planned.problem.columns <= way.block
+            assert (planned.slab == planned.problem.columns) == in_one
 
 
 def taken(step: Step) -> str:

@@ -118,7 +118,9 @@ def test_8_logits_around_10000_lose_no_more_than_float32_does(way: Way, frontend
     if way.operation == "logits":
         inputs.arrays["logits"].mul_(20).add_(1e4)
     else:
-        inputs.arrays["x"][:, 0] = inputs.arrays["weight"][:, 0] = 100.0
+        for array in inputs.arrays.values():  # so that plain torch is not exact by luck, every sum is exact
+            array.mul_(8).round_().div_(8)
+            array[:, 0] = 100.0
     agree(frontend, way, case, inputs)
 
 
