@@ -98,29 +98,27 @@ def main() -> None:
         )
         for tool in arguments.tools
     }
-    found: dict[str, dict] = {}
-    for tool, process in running.items():
-        output, _ = process.communicate()
-        summary, done = SUMMARY.search(output), DONE.search(output)
-        if summary is None or done is None:
-            sys.exit(f"{tool} did not end as it should:\n{output[-4000:]}")
-        found[tool] = {"errors": int(summary[1] or summary[2]), "calls": int(done[1]), "kernels": done[2].split()}
-        print(tool, found[tool]["errors"], "errors in", found[tool]["calls"], "calls")
-        if found[tool]["errors"]:
-            print(output[:20000])
     version = subprocess.check_output(["compute-sanitizer", "--version"], text=True)
-    commit = arguments.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip()
-    facts = {
+    measured = {
         "device": torch.cuda.get_device_name(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "triton": triton.__version__,
-            "compute-sanitizer": re.search(r"\d[\d.]+", version)[0],  # type: ignore[index]
+            "compute-sanitizer": re.findall(r"\d+\.\d+[\d.]*", version)[-1],
         },
-        "commit": commit,
+        "commit": arguments.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "tools": {},
     }
-    arguments.out.write_text(json.dumps(facts | {"tools": found}, indent=1) + "\n")
+    for tool, process in running.items():
+        output, _ = process.communicate()
+        summary, done = SUMMARY.search(output), DONE.search(output)
+        if summary is None or done is None:
+            sys.exit(f"{tool} did not end as it should:\n{output[-4000:]}")
+        errors, calls = int(summary[1] or summary[2]), int(done[1])
+        measured["tools"][tool] = {"errors": errors, "calls": calls, "kernels": done[2].split()}
+        print(f"{tool}: {errors} errors in {calls} calls", output[:20000] if errors else "", flush=True)
+        arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":
