@@ -55,8 +55,12 @@ of_logits = pytest.mark.parametrize("way", distinct(*LOGITS), ids=str)
 
 
 def with_upstream(way: Way, name: str, **changes: Any) -> Case:
-    """An upstream gradient for each token, of which two are 0; one of 1.7 where there can be but one."""
-    return way.case(name, **changes, options={"reduction": "mean" if way.schedule == "ahead" else "none"})
+    """An upstream gradient for each token, of which two are 0; one of 1.7 where there can be but one.
+
+    The z-loss has a gradient by ``x`` also where all classes are the same, and softmax has none.
+    """
+    reduction = "mean" if way.schedule == "ahead" else "none"
+    return way.case(name, **changes, options={"reduction": reduction, "lse_square_scale": 0.1})
 
 
 @of_a_projection
