@@ -141,7 +141,8 @@ def check_schedule(way: Way, plans: list[Plan]) -> None:
     for planned in plans:
         if planned.step.kind == "gradient" and way.schedule in ("slabs", "whole"):
             in_one = way.schedule == "whole" or planned.problem.columns <= way.block
-            assert (planned.slab == planned.problem.columns) == in_one
+            if in_one or interpreting():  # a GPU's least slab may hold all that a test has
+                assert (planned.slab == planned.problem.columns) == in_one
 
 
 def taken(step: Step) -> str:

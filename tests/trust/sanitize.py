@@ -16,20 +16,22 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import triton
+from torch import Tensor
 
-from core_kernels import Options, Step, launch, launching, plan
+from core_kernels import Options, Plan, Step, launch, launching, plan
 from tests.core_kernels import problems
 from tests.core_kernels.test_kept import CASES as KEPT_CASES
 from tests.core_kernels.test_kept import SCHEDULES, loss_of, tensors_of
 from tests.parity import frontends
 from tests.parity.cases import CASES as PARITY_CASES
 from tests.parity.cases import make_inputs
+from torch_api import operator
 
 # Those that between them launch every kernel, with and without each of its parts: each is compiled, and then watched.
 PARITY = (
@@ -38,16 +40,26 @@ PARITY = (
     "logits-everything_mean", "logits-everything_none", "logits-bf16_everything", "logits-expanded", "logits-one_class",
 )  # fmt: skip
 KEPT = ("mean", "every_option", "shared_labels", "one_class", "no_descriptor", "transposed_odd_weight", "broken_x")
+BY_TMA = {"slab", "exponentials", "grad_weight"}  # stored through tensor descriptors
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 DONE = re.compile(r"^ran (\d+) calls of the kernels (.*)$", re.MULTILINE)
 
 
+def launch_over(planned: Plan, tensors: Mapping[str, Tensor]) -> None:
+    """Launch over memory that nobody has written, but for what initcheck does not see written. That holds NaN, as all
+    does in ``tests/core_kernels``, where no NaN may come out.
+    """
+    for name in BY_TMA & tensors.keys():
+        if name not in planned.inputs:
+            tensors[name].fill_(float("nan"))
+    launch(planned, tensors)
+
+
 def run(step: Step, inputs: problems.Tensors) -> problems.Tensors:
-    """Over memory that nobody has written, as the frontends launch it."""
     planned = plan(step, torch.device("cuda"))
     buffers = {b.name: torch.empty(b.shape, dtype=b.dtype, device="cuda") for b in planned.buffers}
-    launch(planned, {name: inputs[name] for name in step.inputs} | buffers)
+    launch_over(planned, {name: inputs[name] for name in step.inputs} | buffers)
     return buffers
 
 
@@ -71,6 +83,7 @@ def calls() -> Iterator[None]:
 
 
 def run_calls() -> None:
+    operator.launch_plan = launch_over
     count = sum(1 for _ in calls())
     torch.cuda.synchronize()
     kernels = sorted({kernel.name for kernel in launching._FOUND.values()})

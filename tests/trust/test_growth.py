@@ -33,6 +33,7 @@ Growth = dict[str, int]
 
 def growth(calls: Callable[[], None]) -> Growth:
     """What more the process holds after ``calls``: bytes on the host and on the GPU, and Python's pieces of memory."""
+    held()  # which asks JAX for its GPU: that too is there then
     before = held()
     calls()
     return {name: now - before[name] for name, now in held().items()}
