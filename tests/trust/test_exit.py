@@ -11,9 +11,11 @@ import pytest
 
 import torch_api
 from tests.jax_api import problems
-from tests.support import suite_device
+from tests.support import interpreting, suite_device
 from tests.torch_api.calls import gradients, random_arguments
 from tests.trust.process import run
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="of processes, whatever runs in them: plain runs have it")
 
 TOKENS, VOCAB = 5, 101
 KEPT: list[Any] = []  # lives as long as the process

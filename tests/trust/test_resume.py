@@ -20,9 +20,11 @@ import torch
 
 import core_kernels as core
 from jax_api import fused_linear_ce
-from tests.support import suite_device
+from tests.support import interpreting, suite_device
 from tests.trust.process import run, run_well
 from torch_api import fused_linear_cross_entropy
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="of processes, whatever runs in them: plain runs have it")
 
 optax = pytest.importorskip("optax")
 

@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 
 import jax_api
 import torch_api
-from tests.support import on_gpu, suite_device
+from tests.support import interpreting, on_gpu, suite_device
 from tests.trust.process import run_well
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="of processes, whatever runs in them: plain runs have it")
 
 BATCHES, TOKENS, HIDDEN, VOCAB = 4, 7, 10, 70
 OPTIONS: dict[str, Any] = {"softcap": 6.0, "return_predicted_tokens": True}
