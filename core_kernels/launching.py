@@ -52,11 +52,8 @@ def recorded(operation: Callable[[Plan, Tensors], None]) -> Callable[[Plan, Tens
         addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
         aligned = not any(address % ALIGNED for address in addresses.values())
         device = torch.cuda.current_device()
-        key = (
-            device,
-            aligned,
-            *((given[name].dtype, given[name].stride()) for name in plan.varying),
-        )
+        layouts = ((given[name].dtype, given[name].stride()) for name in plan.varying)
+        key = (device, aligned, *layouts)
         launches = plan.records.get(key)
         if launches is not None:
             stream = driver.active.get_current_stream(device)

@@ -149,7 +149,8 @@ def fused_linear_cross_entropy(
 
     The forward pass takes statistics of each tile of logits as it is made, and may leave its exponentials behind for
     the backward pass, which otherwise projects again, one slice of the vocab at a time (``memory``). Every gradient is
-    summed in float32 and rounded once. Without gradients only the one projection is computed.
+    summed in float32 and rounded once (with a sharded vocab ``input``'s is the rounded sum of each shard's). Without
+    gradients only the one projection is computed.
 
     Args:
         input: hidden states ``(..., H)``, float32, bfloat16 or float16, with any strides. Under ``torch.autocast`` it
