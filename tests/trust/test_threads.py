@@ -58,17 +58,21 @@ def test_both_frontends_in_threads_get_what_each_gets_alone() -> None:
         assert_all_as_alone(at_once([call.run for call in CALLS]), alone)
 
 
+@pytest.mark.skipif(
+    interpreting(), reason="it parses kernels at first use, and CPython 3.11 may not parse in two threads"
+)
 def test_threads_that_make_the_first_calls_of_a_process() -> None:
     assert "as alone" in run_well(first_calls)
 
 
 def first_calls() -> None:
-    """Of each call two threads, or one where kernels take turns: what is made once, and cached, all ask for at once."""
+    """Two threads of each call: what is made once, and cached, is asked for by both at once."""
+    import jax_api  # noqa: F401  NumPy parses while it is imported, as Triton does to compile
+
     switch_often()
-    threads = CALLS if interpreting() else CALLS * 2
-    together = at_once([call.run for call in threads])
+    together = at_once([call.run for call in CALLS * 2])
     alone = [call.run() for call in CALLS]
-    assert_all_as_alone(together, alone * (len(threads) // len(CALLS)))
+    assert_all_as_alone(together, alone * 2)
     for call, results in zip(CALLS, alone, strict=True):
         call.check(results)
     print("as alone")
