@@ -19,8 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core_kernels import Plan, Step, launch, plan
-from core_kernels import for_gradient as for_gradient
+from core_kernels import Plan, Step, for_gradient, launch, plan
 from core_kernels.tiles import choose_tiles
 from tests.parity import framework, frontends
 from tests.parity.cases import Case, Inputs, make_inputs

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import jax_api
 import torch_api
 from core_kernels import Plan
 from tests.core_kernels.problems import POISON
-from tests.parity.cases import EVERYTHING, METRICS, Case, Inputs, make_inputs
-from tests.parity.frontends import to_device
+from tests.parity import frontends
+from tests.parity.cases import EVERYTHING, Case, make_inputs
 from tests.support import interpreting, on_gpu, suite_device
+from tests.trust.never_again import jax_vjp
 
 REPETITIONS = 3 if interpreting() else 100
 DEVICE = suite_device()
@@ -52,25 +52,12 @@ Call = Callable[[], dict[str, Tensor]]
 def call_of(case: Case) -> Call:
     """The call, with all metrics and gradients, on inputs that stay where they are."""
     inputs = make_inputs(case)
-    arrays = {name: to_device(array, DEVICE).requires_grad_() for name, array in inputs.arrays.items()}
-    labels, upstream = inputs.labels.to(DEVICE), inputs.upstream.to(DEVICE)
-    class_weight = None if inputs.class_weight is None else inputs.class_weight.to(DEVICE)
+    inputs = replace(inputs, labels=inputs.labels.to(DEVICE), upstream=inputs.upstream.to(DEVICE))
+    arrays = {name: frontends.to_device(array, DEVICE).requires_grad_() for name, array in inputs.arrays.items()}
 
     def call() -> dict[str, Tensor]:
-        if case.operation == "logits":
-            out = torch_api.cross_entropy(arrays["logits"], labels, class_weight, **case.options, **METRICS)
-        else:
-            out = torch_api.fused_linear_cross_entropy(
-                arrays["x"],
-                arrays["weight"],
-                labels,
-                arrays.get("bias"),
-                class_weight,
-                memory=case.memory,
-                **case.options,
-                **METRICS,
-            )
-        gradients = torch.autograd.grad(out.loss, list(arrays.values()), upstream)
+        out = frontends.call_torch(case, inputs, arrays)
+        gradients = torch.autograd.grad(out.loss, list(arrays.values()), inputs.upstream)
         results = {name: value for name, value in vars(out).items() if value is not None}
         return {name: value.detach() for name, value in (results | dict(zip(arrays, gradients, strict=True))).items()}
 
@@ -153,35 +140,16 @@ def test_calls_on_busy_streams(case: Case) -> None:
 
 def jax_call_of(case: Case) -> Callable[[], Any]:
     """The same in JAX, under jit: results, and the gradients by all arrays."""
-    inputs = make_inputs(replace(case, layout="contiguous"))
-    arrays, labels, upstream, class_weight = _on_jax(inputs)
+    case = replace(case, layout="contiguous")
+    inputs = make_inputs(case)
+    arrays, upstream = frontends.to_jax_arrays(case, inputs), frontends.to_jax(inputs.upstream)
 
     @jax.jit
     def run(arrays: dict[str, jax.Array]) -> Any:
-        def loss(arrays: dict[str, jax.Array]) -> Any:
-            if case.operation == "logits":
-                out = jax_api.cross_entropy(arrays["logits"], labels, weight=class_weight, **case.options, **METRICS)
-            else:
-                out = jax_api.fused_linear_ce(
-                    **arrays, labels=labels, ce_weight=class_weight, memory=case.memory, **case.options, **METRICS
-                )
-            return out.loss, out
-
-        _, pullback, out = jax.vjp(loss, arrays, has_aux=True)
-        return out, pullback(upstream)[0]
+        out, pullback = jax_vjp(case, inputs, arrays)
+        return out, pullback(upstream)
 
     return lambda: run(arrays)
-
-
-def _on_jax(inputs: Inputs) -> tuple[dict[str, jax.Array], jax.Array, jax.Array, jax.Array | None]:
-    def put(tensor: Tensor) -> jax.Array:
-        exact = tensor.float() if tensor.is_floating_point() else tensor
-        array = jnp.asarray(exact.numpy())
-        return array.astype(jnp.dtype(str(tensor.dtype).removeprefix("torch."))) if exact is not tensor else array
-
-    class_weight = None if inputs.class_weight is None else put(inputs.class_weight)
-    arrays = {name: put(array) for name, array in inputs.arrays.items()}
-    return arrays, put(inputs.labels), put(inputs.upstream), class_weight
 
 
 @jax.jit
