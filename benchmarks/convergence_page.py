@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from markup import markdown, prose, shown, versions
+from markup import DTYPES, markdown, prose, shown, versions
 
-DTYPES = {"float32": "float32", "bfloat16": "bf16"}
 PEERS = {"torch": "`torch.nn.functional.cross_entropy`", "jax": "`optax.softmax_cross_entropy_with_integer_labels`"}
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from markup import by, markdown, prose, shown, versions
+from markup import DTYPES, by, markdown, prose, shown, versions
 
-SHORT = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
 PARTS = {"loss": "loss", "x": "`dX`", "weight": "`dW`", "bias": "`db`", "logits": "`dlogits`"}
 MORE = 2.0  # times torch's error: in bold from there on
 
@@ -37,7 +36,7 @@ def table(errors: dict) -> str:
                 if name not in ("reference", "torch"):
                     alike.setdefault(tuple(cell(row[part], rows["torch"][part]) for part in parts), []).append(name)
             loss = shown(rows["reference"]["loss"])
-            body += [[SHORT[dtype], data, loss, ", ".join(names), *cells] for cells, names in alike.items()]
+            body += [[DTYPES[dtype], data, loss, ", ".join(names), *cells] for cells, names in alike.items()]
     memory = len(first) > 3  # torch's row, ours and the reference: there is nothing to tell apart
     rows = [["", "data", "its loss", "`memory=`", *(PARTS[part] for part in parts)], *body]
     head, *body = rows if memory else [row[:3] + row[4:] for row in rows]

@@ -10,6 +10,7 @@ NAMES = {
     "liger-kernel": "Liger-Kernel", "cut-cross-entropy": "cut-cross-entropy", "quack-kernels": "QuACK",
     "tokamax": "tokamax",
 }  # fmt: skip
+DTYPES = {"float32": "float32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def prose(text: str) -> str:

@@ -9,7 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from convergence_page import DTYPES, curves, spread
+from convergence_page import curves, spread
+from markup import DTYPES
 from targets import SMALL
 
 AXES = {"tokens": 0, "vocab": 2}  # places in a size
