@@ -38,14 +38,16 @@ def leave(*frontends: str) -> None:
         call = CALLS[frontend]()
         call()
         print(frontend)
-        waiting = threading.Thread(target=call_and_wait, args=(call,), daemon=True)
-        waiting.start()
+        has_called = threading.Event()  # a daemon that still computes is aborted, in plain torch and JAX too
+        threading.Thread(target=call_and_wait, args=(call, has_called), daemon=True).start()
         threading.Thread(target=call_after_the_end, args=(call, f"{frontend}-later")).start()
         call()
+        has_called.wait()
 
 
-def call_and_wait(call: Any) -> None:
+def call_and_wait(call: Any, has_called: threading.Event) -> None:
     call()
+    has_called.set()
     threading.Event().wait()
 
 
