@@ -6,10 +6,10 @@ Nothing here waits for a GPU or raises on data, and the kernels allocate nothing
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from core_kernels.plan import Plan
@@ -23,7 +23,8 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
         tensors: every input and buffer by name. Tokens are one dimension: ``x (N, H)``, ``labels (N,)``; on a shard
             of the vocab ``first_class (1,)`` is the number of its first class, int32; ``shard_statistics`` to combine
             are ``(shards, rows, N)``. ``x``, ``logits`` and ``weight`` may have any strides, other inputs are
-            contiguous. Buffers are contiguous; ``grad_weight`` may be a transposed view of a contiguous buffer.
+            contiguous. Buffers are contiguous; ``grad_weight`` may be a transposed view of a contiguous buffer. The
+            workspace comes in one, as the plan's ``allocations`` have it, or each of its buffers by name.
     """
     if plan.problem.tokens == 0:
         for buffer in plan.step.results:
@@ -32,11 +33,11 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     if not plan.outputs:
         return  # no gradient is wanted
     engine = _engine(plan.engine)
-    with torch.no_grad(), engine.guard(tensors["labels"].device):
-        operation = engine.LOGITS if plan.problem.hidden is None else engine.LINEAR
-        operation[plan.step.kind](plan, tensors)
+    operations = engine.LOGITS if plan.problem.hidden is None else engine.LINEAR
+    engine.run(operations[plan.step.kind], plan, tensors)
 
 
+@functools.cache
 def _engine(name: str) -> ModuleType:
     """Imported when first used: the Triton engine needs Triton, which not every machine has."""
     if name == "torch":

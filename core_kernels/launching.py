@@ -8,7 +8,6 @@ recorded the first time, and after that launched from the record.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -40,56 +40,74 @@ def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return kernel[grid] if interpreting() else lambda *args, **others: _launch(kernel, grid, args, others)
 
 
-def recorded(operation: Callable[[Plan, Tensors], None]) -> Callable[[Plan, Tensors], None]:
-    """``operation``, which launches kernels and does nothing else, with its launches recorded in the plan."""
-
-    @functools.wraps(operation)
-    def run(plan: Plan, tensors: Tensors) -> None:
-        if interpreting():
-            operation(plan, tensors)
-            return
-        given = dict(tensors.items())
-        addresses = {name: tensor.data_ptr() for name, tensor in given.items()}
-        aligned = not any(address % ALIGNED for address in addresses.values())
-        device = torch.cuda.current_device()
-        layouts = ((given[name].dtype, given[name].stride()) for name in plan.varying)
-        key = (device, aligned, *layouts)
-        launches = plan.records.get(key)
-        if launches is not None:
-            stream = driver.active.get_current_stream(device)
-            for launch in launches:
-                launch.again(given, addresses, stream)
-        elif aligned:
+def run_recorded(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors) -> None:
+    """``operation``, which launches kernels and does nothing else, from the plan's record of its launches if it can."""
+    addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    aligned = not any(address % ALIGNED for address in addresses.values())
+    device = torch.cuda.current_device()
+    layouts = ((tensors[name].dtype, tensors[name].stride()) for name in plan.varying)
+    key = (device, aligned, "workspace" in addresses, *layouts)
+    launches = plan.records.get(key)
+    if launches is not None:
+        stream, hooked = driver.active.get_current_stream(device), _is_hooked()
+        for launch in launches:
+            launch.again(addresses, stream, hooked)
+        return
+    with torch.no_grad():
+        if aligned:
             _record(operation, plan, tensors, key)
         else:
-            operation(plan, tensors)
-
-    return run
+            operation(plan, plan.with_workspace(tensors))
 
 
 class Launch(NamedTuple):
     """A launch without the addresses of its tensors. A pointer's place among the arguments comes with the name of its
-    tensor and its bytes from there; a descriptor is of a tensor's first element.
+    tensor and its bytes from there; so does a descriptor's.
     """
 
     kernel: Any  # as compiled
-    grid: tuple[int, ...]
+    grid: tuple[int, int, int]
     arguments: Arguments
     pointers: tuple[tuple[int, str, int], ...]
-    descriptors: tuple[tuple[int, str], ...]
+    descriptors: tuple[tuple[int, str, int], ...]
 
-    def again(self, tensors: Tensors, addresses: Mapping[str, int], stream: int) -> None:
+    def again(self, addresses: Mapping[str, int], stream: int, hooked: bool) -> None:
         arguments = list(self.arguments)
         for place, name, offset in self.pointers:
             arguments[place] = addresses[name] + offset
-        for place, name in self.descriptors:
-            known = arguments[place]
-            arguments[place] = TensorDescriptor(tensors[name], known.shape, known.strides, known.block_shape)
-        self.kernel[self.grid](*arguments, stream=stream)
+        for place, name, offset in self.descriptors:
+            arguments[place] = _described(arguments[place], _Address(addresses[name] + offset))
+        kernel, grid = self.kernel, self.grid
+        if hooked:
+            kernel[grid](*arguments, stream=stream)
+        else:  # what that comes to
+            kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+
+
+class _Address(NamedTuple):
+    """What a launch asks of a descriptor's tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _is_hooked() -> bool:
+    """Whether a profiler asked Triton to be told of launches."""
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+def _described(known: TensorDescriptor, base: Any) -> TensorDescriptor:
+    """``known`` of another tensor like its own, which need not be looked at again."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(known.__dict__, base=base)
+    return descriptor
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], args: Arguments, others: dict[str, Any]) -> None:
-    device, whole_grid = torch.cuda.current_device(), (*grid, 1, 1)
+    device, whole_grid = torch.cuda.current_device(), (*grid, 1, 1)[:3]
     key = (id(kernel), device, *map(_trait, args), *others, *map(_option, others.values()))
     rest = [others[name] for name in kernel.arg_names[len(args) :]]
     found = _FOUND.get(key)
@@ -123,7 +141,7 @@ def _option(value: Any) -> Any:
 def _record(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors, key: tuple) -> None:
     _recording.launches = []
     try:
-        operation(plan, tensors)
+        operation(plan, plan.with_workspace(tensors))
         launches = _recording.launches
     finally:
         _recording.launches = None
@@ -139,7 +157,7 @@ def _record(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Ten
 
 
 def _without_addresses(
-    kernel: Any, grid: tuple[int, ...], arguments: Arguments, extents: Mapping[str, tuple[int, int]]
+    kernel: Any, grid: tuple[int, int, int], arguments: Arguments, extents: Mapping[str, tuple[int, int]]
 ) -> Launch:
     def place_of(address: int) -> tuple[str, int]:
         return next((name, address - start) for name, (start, end) in extents.items() if start <= address < end)
@@ -151,11 +169,8 @@ def _without_addresses(
             pointers.append((place, *place_of(value.data_ptr())))
             kept[place] = None
         elif isinstance(value, TensorDescriptor):
-            name, offset = place_of(value.base.data_ptr())
-            assert offset == 0, f"a descriptor of a part of {name}"
-            descriptors.append((place, name))
-            base = torch.empty(0, dtype=value.base.dtype)  # a record shall hold no memory of a GPU
-            kept[place] = TensorDescriptor(base, list(value.shape), list(value.strides), value.block_shape)
+            descriptors.append((place, *place_of(value.base.data_ptr())))
+            kept[place] = _described(value, None)  # a record shall hold no memory of a GPU
     return Launch(kernel, grid, tuple(kept), tuple(pointers), tuple(descriptors))
 
 

@@ -1,18 +1,20 @@
 """Plans: how a step runs on a device, and the scratch that it needs there.
 
-A frontend asks for a plan, allocates every buffer that it lists, and hands all tensors to ``launch``. Plans are frozen
-and hash by value.
+A frontend asks for a plan, allocates what it lists, and hands all tensors to ``launch``. Plans are frozen and hash by
+value.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core_kernels.engine import choose_engine
 from core_kernels.notices import say_once
@@ -36,6 +38,8 @@ CHUNK_BYTES = 2720 * MIB
 MOST_ROUNDS = 16
 # What it takes to carry a tile's sums from slab to slab, in columns summed over.
 CARRY = 512
+# Bytes of which each buffer of the workspace starts at a multiple: a line of a GPU's cache.
+LINE = 128
 # Strips of a shard of the vocab, for each program that runs at a time: enough that none waits long for the last.
 STRIPS = 16
 
@@ -79,9 +83,25 @@ class Plan:
     def buffers(self) -> tuple[Buffer, ...]:
         return self.step.results + self.workspace
 
+    @functools.cached_property
+    def allocations(self) -> tuple[Buffer, ...]:
+        """What the caller provides beside the inputs: the results, and all of the workspace in one."""
+        whole = (Buffer("workspace", (self.workspace_bytes,), torch.uint8),) if self.workspace else ()
+        return self.step.results + whole
+
     @property
     def workspace_bytes(self) -> int:
         return _bytes(self.workspace)
+
+    def with_workspace(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``tensors`` with each buffer of the workspace, which may also have been given one by one."""
+        if "workspace" not in tensors:
+            return tensors
+        whole, split = tensors["workspace"], dict(tensors)
+        starts = itertools.accumulate(map(_in_lines, self.workspace), initial=0)
+        for buffer, start in zip(self.workspace, starts, strict=False):
+            split[buffer.name] = whole[start : start + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+        return split
 
     @property
     def first_part(self) -> int:
@@ -90,8 +110,10 @@ class Plan:
 
     @functools.cached_property
     def varying(self) -> tuple[str, ...]:
-        """Names of the tensors whose strides are the caller's choice."""
-        return (*self.inputs, *(buffer.name for buffer in self.outputs))
+        """Names of the tensors whose strides or dtypes are the caller's choice: not what a loss fills or saved."""
+        saved = {buffer.name for buffer in self.step.of_kind("loss").saved}
+        gradients = self.outputs if self.step.kind == "gradient" else ()
+        return (*(name for name in self.inputs if name not in saved), *(buffer.name for buffer in gradients))
 
     @functools.cached_property
     def records(self) -> dict[tuple, Any]:
@@ -185,10 +207,11 @@ def _of_tokens(step: Step) -> list[Buffer]:
 
 
 def _compaction(step: Step) -> list[Buffer]:
-    """The numbers of the valid tokens: those that are not valid cost nothing."""
+    """The numbers of the valid tokens: those that are not valid cost nothing. Where they are saved, nothing."""
     n = step.problem.tokens
-    buffers = [Buffer(name, (n,), torch.int32) for name in ("valid_tokens", "valid_position")]
-    return [*buffers, Buffer("valid_count", (1,), torch.int32)]
+    buffers = [] if step.keep else [Buffer("valid_tokens", (n,), torch.int32), Buffer("valid_count", (1,), torch.int32)]
+    by_token = step.kind == "shard" or (step.kind == "gradient" and step.ahead)
+    return [*buffers, *([Buffer("valid_position", (n,), torch.int32)] if by_token else [])]
 
 
 def _statistics(step: Step, part: str, parts: int, ranks: int) -> list[Buffer]:
@@ -208,9 +231,10 @@ def _ranks(workspace: list[Buffer], step: Step, tiles: Tiles) -> int:
     """
     tile, tokens = _projection(step, tiles), step.problem.tokens
     budget = KEPT_STATISTICS_BYTES if step.keep or step.ahead else STATISTICS_BYTES
+    of_one = _statistics(step, "tile", math.ceil(step.problem.columns / tile.n), 1)
     if isinstance(step.memory, int) and not step.keep:
-        budget = min(budget, step.memory - _bytes(workspace))
-    per_tile = tile.m * _bytes(_statistics(step, "tile", math.ceil(step.problem.columns / tile.n), 1))
+        budget = min(budget, step.memory - _bytes(workspace) - len(of_one) * LINE)
+    per_tile = tile.m * sum(buffer.nbytes for buffer in of_one)
     token_tiles = math.ceil(tokens / tile.m)
     launches = math.ceil(token_tiles / max(1, budget // per_tile))
     return max(1, math.ceil(token_tiles / launches)) * tile.m if tokens else tile.m
@@ -242,7 +266,7 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
             more = max(0, n - LEAN_TOKENS) * LEAN_BYTES_PER_TOKEN
             budget = max(LEAN_BYTES + more - rest, rest // 4)
         else:
-            budget = SLAB_BYTES[memory] if isinstance(memory, str) else memory - rest
+            budget = SLAB_BYTES[memory] if isinstance(memory, str) else _whole_lines(memory - rest)
         held = _slab(step, tiles, budget)
         workspace.append(Buffer("slab", (n, aligned(held)), problem.dtype))
     return Plan(step, "triton", tiles, tuple(workspace), slab=held, split_tiles=split_tiles, splits=splits)
@@ -343,11 +367,19 @@ def _slab_of_torch(workspace: list[Buffer], step: Step, tiles: Tiles) -> int:
     across, limit, unit = problem.tokens, problem.columns, tiles.slab.n
     if problem.hidden is None:
         across, limit, unit = limit, across, 1
-    budget = CPU_SLAB_BYTES if isinstance(memory, str) else memory - _bytes(workspace)
+    budget = CPU_SLAB_BYTES if isinstance(memory, str) else _whole_lines(memory - _bytes(workspace))
     held = min(max(1, budget // max(1, 4 * across * min(unit, limit))) * unit, limit)
     workspace.append(Buffer("slab", (held, across) if problem.hidden is None else (across, held), torch.float32))
     return held
 
 
 def _bytes(buffers: Iterable[Buffer]) -> int:
-    return sum(buffer.nbytes for buffer in buffers)
+    return sum(map(_in_lines, buffers))
+
+
+def _in_lines(buffer: Buffer) -> int:
+    return math.ceil(buffer.nbytes / LINE) * LINE
+
+
+def _whole_lines(budget: int) -> int:
+    return budget // LINE * LINE

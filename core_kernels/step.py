@@ -29,7 +29,7 @@ KEPT_STATISTICS_BYTES = 64 * MIB
 # products for one token to so many elements of the weight.
 FEW_SORTED_TOKENS, ELEMENTS_PER_SORTED_TOKEN = 16384, 256
 # What a step saves only if it keeps the exponentials, or computes gradients ahead.
-KEPT = ("exponentials", "label_logit", "sum_x", "sum_weight")
+KEPT = ("exponentials", "label_logit", "valid_tokens", "valid_count", "sum_x", "sum_weight")
 # Rows of the statistics that a shard of the vocab contributes of each token.
 SHARD_MAX, SHARD_SUM, SHARD_TARGET = 0, 1, 2
 
@@ -148,6 +148,7 @@ class Step:
         if self.keep:
             saved.append(Buffer("exponentials", (n, aligned(self.problem.columns)), self.problem.dtype))
             saved.append(Buffer("label_logit", (n,), torch.float32))
+            saved += [Buffer("valid_tokens", (n,), torch.int32), Buffer("valid_count", (1,), torch.int32)]
         if "x" in self.ahead:
             saved.append(Buffer("sum_x", (n, self.problem.hidden or 0), torch.float32))
         if "weight" in self.ahead:
@@ -194,7 +195,7 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
     kept, per_token, many = replace(step, keep=True), 2 * aligned(problem.columns), step
     if isinstance(memory, int):
         per_token += 6 * aligned(problem.hidden) + 64  # rows and vectors of the workspace
-        most = max(0, memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 64) // per_token
+        most = max(0, memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 2048) // per_token
     elif memory == "auto":
         most = MOST_KEPT_BYTES // per_token
     else:

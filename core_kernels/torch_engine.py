@@ -7,8 +7,7 @@ are not valid are zeroed on the way in, so that nothing in them reaches a sum.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,9 +23,10 @@ Tensors = Mapping[str, Tensor]
 NAN_CLASS = torch.iinfo(torch.int32).min
 
 
-def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def run(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors) -> None:
     """Under a caller's autocast too, products are float32."""
-    return torch.autocast(device.type, enabled=False)
+    with torch.no_grad(), torch.autocast(tensors["labels"].device.type, enabled=False):
+        operation(plan, plan.with_workspace(tensors))
 
 
 def cross_entropy_loss(plan: Plan, t: Tensors) -> None:

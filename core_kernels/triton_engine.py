@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from core_kernels.arguments import (
 )
 from core_kernels.engine import interpreting
 from core_kernels.kernels import cross_entropy
-from core_kernels.launching import launching, recorded
+from core_kernels.launching import launching, run_recorded
 from core_kernels.plan import Plan
 from core_kernels.tiles import Row
 from core_kernels.triton_ahead import linear_loss_and_gradient
@@ -33,15 +32,14 @@ from core_kernels.triton_loss import linear_combine, linear_loss, linear_shard, 
 _INTERPRETER_LOCK = threading.RLock()
 
 
-@contextlib.contextmanager
-def guard(device: torch.device) -> Iterator[None]:
-    """Launch on ``device``; one thread at a time where kernels are interpreted, and never a lock on a GPU."""
+def run(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors) -> None:
+    """On the tensors' device; one thread at a time where kernels are interpreted, and never a lock on a GPU."""
     if interpreting():
-        with _INTERPRETER_LOCK, np.errstate(all="ignore"):  # masked lanes overflow, as they do on a GPU
-            yield
+        with _INTERPRETER_LOCK, torch.no_grad(), np.errstate(all="ignore"):  # masked lanes overflow, as on a GPU
+            operation(plan, plan.with_workspace(tensors))
     else:
-        with torch.cuda.device(device):
-            yield
+        with torch.cuda.device(tensors["labels"].device):
+            run_recorded(operation, plan, tensors)
 
 
 def cross_entropy_loss(plan: Plan, t: Tensors) -> None:
@@ -94,10 +92,5 @@ def _linear_loss(plan: Plan, t: Tensors) -> None:
     (linear_loss_and_gradient if plan.step.ahead else linear_loss)(plan, t)
 
 
-LOGITS = {"loss": recorded(cross_entropy_loss), "gradient": recorded(cross_entropy_gradient)}
-LINEAR = {
-    "loss": recorded(_linear_loss),
-    "shard": recorded(linear_shard),
-    "combine": recorded(linear_combine),
-    "gradient": recorded(linear_gradient),
-}
+LOGITS = {"loss": cross_entropy_loss, "gradient": cross_entropy_gradient}
+LINEAR = {"loss": _linear_loss, "shard": linear_shard, "combine": linear_combine, "gradient": linear_gradient}

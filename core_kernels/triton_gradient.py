@@ -35,8 +35,6 @@ def linear_gradient(plan: Plan, t: Tensors) -> None:
     if plan.step.ahead:
         _scale_sums(plan, t)
         return
-    compact_valid_tokens(plan, t)
-    factor_rows(plan, t, 0, plan.problem.tokens)
     if plan.step.keep:
         _gradient_of_kept(plan, t)
     else:
@@ -45,6 +43,7 @@ def linear_gradient(plan: Plan, t: Tensors) -> None:
 
 def _gradient_of_kept(plan: Plan, t: Tensors) -> None:
     tokens, matrix = plan.problem.tokens, t["exponentials"][:, : plan.problem.columns]
+    factor_rows(plan, t, 0, tokens)
     if "grad_weight" in t:
         packed = _packed_rows(t)
         gather_rows(plan, t, packed, 0, t["row_soft"])
@@ -59,6 +58,8 @@ def _gradient_of_kept(plan: Plan, t: Tensors) -> None:
 def _gradient_by_slabs(plan: Plan, t: Tensors) -> None:
     tokens, columns, packed = plan.problem.tokens, plan.problem.columns, _packed_rows(t)
     overlap = plan.tiles.overlap and "grad_x" in t and "grad_weight" in t
+    compact_valid_tokens(plan, t)
+    factor_rows(plan, t, 0, tokens)
     gather_rows(plan, t, packed, 0, None)
     for first in range(0, columns, plan.slab):
         matrix = t["slab"][:, : min(plan.slab, columns - first)]

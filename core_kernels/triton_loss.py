@@ -28,19 +28,17 @@ from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 TOKEN_BLOCK, PARTS_BLOCK = 16, 64  # tokens that one program finishes, and parts that it reads at a time
 REDUCE_BLOCK = 1024
 LABEL_BLOCK = 64
-HIDDEN_BLOCK, CLEAR_BLOCK = 1024, 32768
+HIDDEN_BLOCK = 1024
 
 
 def linear_loss(plan: Plan, t: Tensors) -> None:
     keep = plan.step.keep
     prepare_tokens(plan, t)
     if keep:
-        gather_rows(plan, t, t["packed_x"], 0, None)
+        gather_rows(plan, t, t["packed_x"], 0, None, t["exponentials"])
     project_tokens(plan, t, 0, plan.problem.tokens)
     if keep or plan.options.needs_argmax:
         repair_tokens(plan, t, 0, plan.problem.tokens)
-    if keep:
-        _clear_rows(plan, t)
     reduce_tokens(plan, t)
 
 
@@ -151,8 +149,13 @@ def hidden_blocks(plan: Plan) -> int:
     return triton.cdiv(plan.problem.hidden, HIDDEN_BLOCK)
 
 
-def gather_rows(plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tensor | None) -> None:
-    """Pack the rows of ``x`` of as many valid tokens as ``packed`` has room for, from the ``first``-th."""
+def gather_rows(
+    plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tensor | None, cleared: Tensor | None = None
+) -> None:
+    """Pack the rows of ``x`` of as many valid tokens as ``packed`` has room for, from the ``first``-th.
+
+    Rows of ``cleared`` with no such token become zero.
+    """
     x = t["x"]
     launching(rows.gather_rows, (packed.shape[0], hidden_blocks(plan)))(
         x,
@@ -160,19 +163,16 @@ def gather_rows(plan: Plan, t: Tensors, packed: Tensor, first: int, scale: Tenso
         t["valid_count"],
         scale,
         packed,
+        cleared,
         *x.stride(),
         packed.stride(0),
+        0 if cleared is None else cleared.stride(0),
         first,
         plan.problem.hidden,
+        0 if cleared is None else cleared.shape[1],
         SCALED=scale is not None,
+        CLEAR=cleared is not None,
         BLOCK=HIDDEN_BLOCK,
-    )
-
-
-def _clear_rows(plan: Plan, t: Tensors) -> None:
-    kept = t["exponentials"]
-    launching(rows.clear_rows, (kept.shape[0], triton.cdiv(kept.shape[1], CLEAR_BLOCK)))(
-        kept, t["valid_count"], kept.stride(0), kept.shape[1], BLOCK=CLEAR_BLOCK
     )
 
 
@@ -180,11 +180,12 @@ def compact_valid_tokens(plan: Plan, t: Tensors) -> None:
     launching(tokens.compact_valid_tokens, (1,))(
         t["labels"],
         t["valid_tokens"],
-        t["valid_position"],
+        t.get("valid_position"),
         t["valid_count"],
         plan.problem.tokens,
         plan.problem.vocab,
         plan.options.ignore_index,
+        POSITION="valid_position" in t,
         BLOCK=REDUCE_BLOCK,
     )
 

@@ -1,7 +1,7 @@
 """The DLPack bridge: runs a plan over XLA's own buffers, inside a compiled program or out of it.
 
 A compiled program calls back into Python with its device buffers; torch views them without a copy and launches on
-XLA's stream. Nothing is allocated through torch on a GPU: workspace is declared as extra results, so it is XLA's.
+XLA's stream. Nothing is allocated through torch on a GPU: workspace is declared as one more result, so it is XLA's.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class PlanCallback:
     ready: set[int] = field(default_factory=set, compare=False)
 
     def __call__(self, context: Any, outputs: Sequence[Any], *inputs: Any) -> None:
-        names = (*self.plan.inputs, *(buffer.name for buffer in self.plan.buffers))
+        names = (*self.plan.inputs, *(buffer.name for buffer in self.plan.allocations))
         with _xla_stream(context, inputs[0]) as device:
             if device not in self.ready and device is not None and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("XLA records twinhead's kernels before it has run them: use cuda_graph=False")
@@ -93,7 +93,7 @@ def run(call: Call, platform: str, operands: Sequence[jax.Array]) -> tuple[jax.A
     if platform != "cpu" and not torch.cuda.is_available():
         raise RuntimeError("this program is for a GPU, and the installed torch sees none: install torch with CUDA")
     planned = plan(call.step, torch.device("cpu") if platform == "cpu" else torch.device("cuda"))
-    shapes = tuple(call.shape(buffer) for buffer in planned.buffers)
+    shapes = tuple(call.shape(buffer) for buffer in planned.allocations)
     transposed = call.transposed | {f"grad_{name}" for name in call.transposed}
     callback = internals.buffer_callback(
         PlanCallback(planned, transposed), shapes, command_buffer_compatible=call.cuda_graph

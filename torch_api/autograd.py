@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +67,7 @@ class PlannedLoss(torch.autograd.Function):
             group = ctx.shard.group if wanted[0] else None
         operands += [*saved, grad_loss.contiguous()]
         # The compiler knows no Function in a Function's backward, and its gradient is differentiated by nobody.
-        seen = not torch.compiler.is_compiling() and is_watched()
-        run = PlannedGradient.apply if seen else PlannedGradient.forward
+        run = PlannedGradient.forward if torch.compiler.is_compiling() else applied(PlannedGradient)
         gradients = iter(run(step, group, *operands))  # in the order of the inputs
         return None, None, *(next(gradients) if want else None for want in wanted)
 
@@ -110,13 +108,17 @@ class PlannedGradient(torch.autograd.Function):
         return _mapped(PlannedGradient, info.batch_size, step, group, decode(step).inputs, inputs, in_dims[2:])
 
 
-def is_watched() -> bool:
-    """Whether a call may be differentiated or mapped. A Function takes the host longer than a few launches."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+def applied(function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
+    """``function.apply``, or as much of it as this call needs: all of it takes the host longer than a few launches.
 
-
-for _function in (PlannedLoss, PlannedGradient):  # torch asks at every call, and would find out anew
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
+    Outside of ``torch.func`` no default arguments need to be bound, of which there are none, and where nothing is
+    differentiated nothing needs to be remembered.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply
+    if not torch.is_grad_enabled():
+        return function.forward
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _mapped(

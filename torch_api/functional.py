@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.nn import _reduction
 
 import core_kernels as core
-from torch_api.autograd import PlannedLoss, is_watched
+from torch_api.autograd import PlannedLoss, applied
 from torch_api.operator import cached_constant, encode, for_gradient, output_names
 from torch_api.output import CrossEntropyOutput
 from torch_api.parallel import Shard, is_dtensor, shard_of_dtensor, shard_of_group, to_local
@@ -342,8 +342,7 @@ def _run(
         wanted = tuple(name for name, tensor in (("x", rows), ("weight", weight)) if tensor.requires_grad)
         most, few, many = for_gradient(step, wanted, rows.device) if wanted else (0, step, step)
         step = few if most and tokens.shape[0] <= most else many
-    run = PlannedLoss.apply if torch.compiler.is_compiling() or is_watched() else PlannedLoss.forward
-    results = run(step, shard, tokens, weight, target.contiguous(), *vectors)
+    results = applied(PlannedLoss)(step, shard, tokens, weight, target.contiguous(), *vectors)
     names = output_names(step)  # what it saved comes after
     output = {name: r.view(target.shape) if r.dim() else r for name, r in zip(names, results, strict=False)}
     if num_items is not None:

@@ -23,7 +23,7 @@ from core_kernels import launch as launch_plan
 _library = torch.library.Library("twinhead", "DEF")
 _library.define("launch(Tensor[] inputs, str step) -> Tensor[]")
 
-launch: Callable[[list[Tensor], str], list[Tensor]] = torch.ops.twinhead.launch
+launch: Callable[[list[Tensor], str], list[Tensor]] = torch.ops.twinhead.launch.default
 
 
 def cached_constant(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,8 +104,8 @@ def _launch(inputs: list[Tensor], text: str) -> list[Tensor]:
     options = planned.options
     if planned.step.kind in ("loss", "shard") and (options.check_labels or device.type == "cpu"):
         check_labels(tensors["labels"], planned.problem.vocab, options.ignore_index, "target")
-    tensors["labels"] = tensors["labels"].view(-1)  # they come in their own shape, to name the place of a bad one
-    for buffer in planned.buffers:
+    tensors["labels"] = tensors["labels"].flatten()  # they come in their own shape, to name the place of a bad one
+    for buffer in planned.allocations:
         tensors[buffer.name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
     launch_plan(planned, tensors)
     return [tensors[buffer.name] for buffer in planned.step.results]

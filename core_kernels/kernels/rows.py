@@ -18,13 +18,15 @@ NO_LABEL = tl.constexpr(2147483646)  # after all labels
 
 @triton.jit
 def gather_rows(
-    x, valid_tokens, valid_count, row_soft, packed_x, stride_xn, stride_xh, packed_stride, first_rank, H,
-    SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    x, valid_tokens, valid_count, row_soft, packed_x, cleared, stride_xn, stride_xh, packed_stride, cleared_stride,
+    first_rank, H, columns,
+    SCALED: tl.constexpr, CLEAR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (ranks, blocks of H). ``packed_x (ranks, H)``: rows of ``x`` of the valid tokens from the ``first_rank``-th,
     times ``row_soft`` if ``SCALED``; the last of them where there is none.
 
-    Such a row's logits are then some token's own: of zeros they would be NaN where the weight is infinite.
+    Such a row's logits are then some token's own: of zeros they would be NaN where the weight is infinite. With
+    ``CLEAR`` that row of ``cleared (ranks, columns)`` becomes zero: what is saved holds no stray NaN.
     """
     count = tl.load(valid_count)
     rank = tl.minimum(first_rank + tl.program_id(0), count - 1)
@@ -35,19 +37,14 @@ def gather_rows(
     if SCALED:
         soft = tl.load(row_soft + token, mask=valid, other=0.0)
         row = round_to(row.to(tl.float32) * soft, packed_x.dtype.element_ty)
-    tl.store(packed_x + tl.program_id(0).to(tl.int64) * packed_stride + h, row, mask=h < H)
-
-
-@triton.jit
-def clear_rows(rows, valid_count, stride, columns, BLOCK: tl.constexpr):
-    """Grid (ranks, blocks of columns). Zeros in the rows that are no valid token's, which no product has written: what
-    is saved holds no stray NaN.
-    """
-    rank = tl.program_id(0)
-    if rank >= tl.load(valid_count):
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        zero = tl.zeros([BLOCK], tl.float32).to(rows.dtype.element_ty)
-        tl.store(rows + rank.to(tl.int64) * stride + column, zero, mask=column < columns)
+    row_of_packed = tl.program_id(0).to(tl.int64)
+    tl.store(packed_x + row_of_packed * packed_stride + h, row, mask=h < H)
+    if CLEAR:
+        if first_rank + tl.program_id(0) >= count:
+            zero = tl.zeros([BLOCK], tl.float32).to(cleared.dtype.element_ty)
+            for start in range(tl.program_id(1) * BLOCK, columns, tl.num_programs(1) * BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                tl.store(cleared + row_of_packed * cleared_stride + column, zero, mask=column < columns)
 
 
 @triton.jit

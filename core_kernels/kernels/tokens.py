@@ -7,11 +7,13 @@ from core_kernels.kernels.logits import argmax_column, is_valid
 
 
 @triton.jit
-def compact_valid_tokens(labels, valid_tokens, valid_position, valid_count, N, V, ignore_index, BLOCK: tl.constexpr):
+def compact_valid_tokens(
+    labels, valid_tokens, valid_position, valid_count, N, V, ignore_index, POSITION: tl.constexpr, BLOCK: tl.constexpr
+):
     """Number the valid tokens in order, so that products can skip the others without the host knowing the count.
 
     One program. ``valid_tokens[r]`` is the r-th valid token, and those that are not valid come after all that are;
-    ``valid_position`` is its inverse, and ``-1 - r`` where not valid.
+    ``valid_position``, if asked for, is its inverse, and ``-1 - r`` where not valid.
     """
     count = tl.zeros([], tl.int32)
     for start in range(0, N, BLOCK):
@@ -20,7 +22,8 @@ def compact_valid_tokens(labels, valid_tokens, valid_position, valid_count, N, V
         rank = count + tl.cumsum(valid.to(tl.int32), 0) - 1
         rank = tl.where(valid, rank, N - 1 - (token - 1 - rank))
         tl.store(valid_tokens + rank, token, mask=token < N)
-        tl.store(valid_position + token, tl.where(valid, rank, -1 - rank), mask=token < N)
+        if POSITION:
+            tl.store(valid_position + token, tl.where(valid, rank, -1 - rank), mask=token < N)
         count += tl.sum(valid.to(tl.int32), 0)
     tl.store(valid_count, count)
 

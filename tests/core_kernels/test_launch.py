@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from core_kernels import Options, Plan, Problem, Step, launch, plan
+from core_kernels.plan import LINE
 from tests.core_kernels.problems import (
     EVERYTHING,
     HIDDEN,
@@ -115,6 +116,27 @@ def test_a_launch_uses_every_tensor_that_the_plan_names(
     inputs = random_inputs(loss, device)
     buffers = assert_uses_every_tensor(loss, inputs)
     assert_uses_every_tensor(loss.gradient(differentiable(problem())), inputs | buffers)
+
+
+@every_engine
+@every_problem
+def test_the_workspace_may_come_in_one(device: torch.device, engine: str, problem: Callable[..., Problem]) -> None:
+    """Its buffers start at lines of memory, none in another, and the results have the same bits."""
+    loss = Step("loss", problem(), EVERYTHING, engine)
+    inputs = random_inputs(loss, device)
+    apart = run(loss, inputs)
+    for step in (loss, loss.gradient(differentiable(problem()))):
+        planned, given = plan(step, device), inputs | apart
+        tensors = {name: given[name] for name in step.inputs}
+        tensors |= {b.name: torch.empty(b.shape, dtype=b.dtype, device=device) for b in planned.allocations}
+        placed = planned.with_workspace(tensors)
+        base = tensors["workspace"].data_ptr() if planned.workspace else 0
+        starts = [placed[buffer.name].data_ptr() - base for buffer in planned.workspace]
+        ends = [start + buffer.nbytes for start, buffer in zip(starts, planned.workspace, strict=True)]
+        assert not any(start % LINE for start in starts)
+        assert all(end <= start for end, start in zip(ends, [*starts[1:], planned.workspace_bytes], strict=False))
+        launch(planned, tensors)
+        assert_same_bits(outputs_of(step, tensors), outputs_of(step, run(step, given)))
 
 
 @every_engine

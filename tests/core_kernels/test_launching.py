@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import core_kernels.launching as module
 from core_kernels import Options, Plan, Step, plan
-from core_kernels.launching import launching, recorded
+from core_kernels.launching import launching, run_recorded
 from tests.core_kernels.problems import linear
 
 pytest.importorskip("triton")
 H, V, N = 32, 64, 16
+STREAM = 0
 
 
 @pytest.fixture(autouse=True)
@@ -25,15 +28,31 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(module, "_FOUND", {})
-    monkeypatch.setattr(module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: 0)))
+    monkeypatch.setattr(
+        module, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: STREAM))
+    )
 
 
 class Compiled:
+    """As Triton compiles them: a launch through ``[]`` tells its hooks, and ends in one through ``run``."""
+
+    function, packed_metadata = object(), object()
+
     def __init__(self) -> None:
         self.calls: list[tuple] = []
+        self.told = 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *args, stream=None: self.calls.append((grid, args))
+        def launch(*args: Any, stream: int = 0) -> None:
+            self.told += 1
+            self.run(*grid[:3], stream, self.function, self.packed_metadata, None, None, None, *args)
+
+        return launch
+
+    def run(self, x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *others: Any) -> None:
+        assert (stream, function, metadata) == (STREAM, self.function, self.packed_metadata)
+        assert others[:3] == (None, None, None)
+        self.calls.append(((x, y, z), others[3:]))
 
 
 class Kernel:
@@ -117,7 +136,7 @@ class Operation:
     def __init__(self) -> None:
         self.kernel = Kernel()
         self.runs = 0
-        self.run = recorded(self)
+        self.run = functools.partial(run_recorded, self)
 
     def __call__(self, plan: Plan, t: Any) -> None:
         self.runs += 1
@@ -139,11 +158,28 @@ def test_a_plan_is_launched_again_from_its_record_over_other_tensors() -> None:
     operation.run(of, others)
     assert (operation.runs, len(operation.calls)) == (1, 3)
     for grid, (whole, part, descriptor, scale, block) in operation.calls[1:]:
-        assert grid[:2] == (3, 2)
+        assert grid == (3, 2, 1)
         assert (whole, part) == (others["x"].data_ptr(), others["x"][4:].data_ptr())
-        assert descriptor.base is others["weight"]
-        assert (descriptor.shape, descriptor.strides, descriptor.block_shape) == ([V, H], [H, 1], [16, 16])
+        assert descriptor.base.data_ptr() == others["weight"].data_ptr()
+        assert (tuple(descriptor.shape), descriptor.strides, descriptor.block_shape) == ((V, H), (H, 1), [16, 16])
         assert (scale, block) == (1.5, 8)
+
+
+def test_a_profilers_hooks_are_told_of_launches_from_a_record() -> None:
+    operation, of = Operation(), planned()
+    of.records.clear()
+    operation.run(of, tensors_of(of))
+    told = [compiled.told for compiled in operation.kernel.compiled]
+    hook = print
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        operation.run(of, tensors_of(of))
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    operation.run(of, tensors_of(of))
+    assert operation.runs == 1
+    assert [compiled.told for compiled in operation.kernel.compiled] == [told[0] + 2]
+    assert len(operation.calls) == 5
 
 
 @pytest.mark.parametrize(
@@ -182,6 +218,6 @@ def test_records_hold_no_tensor_and_are_few() -> None:
     assert 0 < len(of.records) <= 64
     for launches in of.records.values():
         for launch in launches:
-            assert not any(isinstance(value, Tensor) and value.numel() for value in launch.arguments)
-            assert all(d.base.numel() == 0 for d in launch.arguments if isinstance(d, TensorDescriptor))
+            assert not any(isinstance(value, Tensor) for value in launch.arguments)
+            assert all(d.base is None for d in launch.arguments if isinstance(d, TensorDescriptor))
     of.records.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from core_kernels.plan import (
     LEAN_BYTES,
     LEAN_BYTES_PER_TOKEN,
     LEAN_TOKENS,
+    LINE,
     SLAB_BYTES,
     STATISTICS_BYTES,
 )
@@ -230,9 +232,11 @@ def test_the_least_memory_of_a_loss_that_keeps_exponentials_includes_them(every_
 def test_the_least_memory_of_the_gradient_is_named_and_is_enough(engine: str) -> None:
     """The error is that of the loss, long before the gradient is asked for."""
     loss = Step("loss", linear(), replace(PLAIN, reduction="none"), engine)
-    least = TOKENS * HIDDEN * 4 + TOKENS * INTERPRETED.slab.n * 4  # grad_rows, and a slab of one tile
-    if engine == "triton":  # rows, packed_x, and a slab of one tile; row_target and the compaction
-        least = TOKENS * (HIDDEN + aligned(HIDDEN)) * 4 + TOKENS * INTERPRETED.slab.n * 4 + 3 * TOKENS * 4 + 4
+    slab, rows = TOKENS * INTERPRETED.slab.n * 4, TOKENS * HIDDEN * 4  # a slab of one tile
+    buffers = [slab, rows]
+    if engine == "triton":  # packed_x, and row_target, valid_tokens and valid_count
+        buffers += [TOKENS * aligned(HIDDEN) * 4, TOKENS * 4, TOKENS * 4, 4]
+    least = sum(math.ceil(nbytes / LINE) * LINE for nbytes in buffers)
     enough = replace(loss, memory=least)
     assert plan(enough, CPU).step == enough
     backward = plan(enough.gradient(["x", "weight"]), CPU)

@@ -119,7 +119,7 @@ def test_predictions_have_the_dtype_that_is_asked_for(index_dtype: torch.dtype) 
 
 # ---- no buffer in vain
 
-COMPACTION = {"valid_tokens", "valid_position", "valid_count"}
+COMPACTION = {"valid_tokens", "valid_count"}
 TILES = {"label_logit", "tile_max", "tile_sum"}
 STRIPS = {"label_logit", "strip_max", "strip_sum"}
 

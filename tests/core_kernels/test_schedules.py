@@ -20,8 +20,10 @@ WANTED = ("x", "weight")
 TOKENS, HIDDEN, VOCAB = 41, 40, 203  # rows of 48 and of 208 columns
 ROW, COLUMNS = 48, 208
 PLAIN = Options(reduction="sum")
-COMPACTION = {"valid_tokens", "valid_position", "valid_count"}
+COMPACTION = {"valid_tokens", "valid_count"}
 LABELS = {"sorted_labels", "sorted_tokens", "label_slot"}
+FACTORS = {"row_target", "row_soft", "label_kept"}
+CHUNK = {"label_logit", "exponentials"} | FACTORS
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +167,8 @@ def test_a_plain_step_saves_statistics_alone(schedule: dict[str, Any]) -> None:
 def test_what_a_loss_that_keeps_saves() -> None:
     exponentials = Buffer("exponentials", (TOKENS, COLUMNS), torch.bfloat16)
     label_logit = Buffer("label_logit", (TOKENS,), torch.float32)
-    assert step(keep=True).saved == (*step().saved, exponentials, label_logit)
+    ranks = Buffer("valid_tokens", (TOKENS,), torch.int32), Buffer("valid_count", (1,), torch.int32)
+    assert step(keep=True).saved == (*step().saved, exponentials, label_logit, *ranks)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +197,8 @@ METRICS = Options(reduction="sum", return_token_accuracy=True)
     ("schedule", "buffers"),
     [
         ({"keep": True}, set()),
-        ({"ahead": ("x",)}, {"label_logit", "exponentials", "row_target", "row_soft", "label_kept"}),
-        ({"ahead": WANTED}, {"label_logit", "exponentials", "row_target", "row_soft", "label_kept"} | LABELS),
+        ({"ahead": ("x",)}, CHUNK | COMPACTION),
+        ({"ahead": WANTED}, CHUNK | COMPACTION | LABELS),
     ],
     ids=in_order,
 )
@@ -204,7 +207,7 @@ def test_what_a_scheduled_loss_holds(
 ) -> None:
     """Sums of tiles are relative to the label's logit: their maxima serve the argmax alone."""
     workspace = plan(step(options, **schedule), CPU).workspace
-    every = COMPACTION | {"packed_x", "tile_sum", "token_loss", "token_z_loss"}
+    every = {"packed_x", "tile_sum", "token_loss", "token_z_loss"}
     assert names(workspace) == every | metrics | buffers
 
 
@@ -217,9 +220,6 @@ def test_shapes_of_a_chunk() -> None:
     assert shapes["sorted_labels"] == shapes["sorted_tokens"] == ((64,), torch.int32)
     assert shapes["label_slot"] == ((VOCAB,), torch.int32)
     assert {shapes[name] for name in ("row_target", "row_soft", "label_kept")} == {((TOKENS,), torch.float32)}
-
-
-FACTORS = {"row_target", "row_soft", "label_kept"}
 
 
 @pytest.mark.parametrize(
@@ -235,13 +235,16 @@ FACTORS = {"row_target", "row_soft", "label_kept"}
 def test_what_the_gradient_from_kept_exponentials_holds(hidden: int, wanted: tuple[str, ...], rows: set[str]) -> None:
     loss = replace(step(keep=True), problem=linear(hidden=hidden))
     gradient = plan(loss.gradient(wanted), CPU)
-    assert names(gradient.workspace) == COMPACTION | FACTORS | rows
+    assert names(gradient.workspace) == FACTORS | rows
     assert gradient.slab == VOCAB  # one product over all of it
     assert gradient.step.saved == ()
     assert gradient.inputs == (*loss.inputs, *(buffer.name for buffer in loss.saved), "grad_loss")
 
 
-@pytest.mark.parametrize(("wanted", "buffers"), [(("x",), COMPACTION), (("weight",), set()), (WANTED, COMPACTION)])
+RANKS = COMPACTION | {"valid_position"}
+
+
+@pytest.mark.parametrize(("wanted", "buffers"), [(("x",), RANKS), (("weight",), set()), (WANTED, RANKS)])
 def test_the_gradient_of_sums_holds_next_to_nothing(wanted: tuple[str, ...], buffers: set[str]) -> None:
     gradient = plan(step(ahead=wanted).gradient(wanted), CPU)
     assert names(gradient.workspace) == buffers

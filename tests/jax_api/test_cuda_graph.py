@@ -122,7 +122,7 @@ def callback() -> Iterator[Callable[[], None]]:
     want = torch.nn.functional.cross_entropy(logits, labels.long())
 
     def run() -> None:
-        outputs = [torch.full(buffer.shape, 7, dtype=buffer.dtype) for buffer in made.plan.buffers]
+        outputs = [torch.full(buffer.shape, 7, dtype=buffer.dtype) for buffer in made.plan.allocations]
         made(None, outputs, logits, labels)
         torch.testing.assert_close(outputs[0], want)
 

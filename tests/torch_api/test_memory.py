@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from core_kernels import Argument, Options, Plan, Step, linear_problem, plan
-from core_kernels.plan import MIB
+from core_kernels.plan import LINE, MIB
 from tests.core_kernels.problems import HIDDEN, VOCAB
 from tests.support import on_gpu, waiting_raises
 from tests.torch_api.calls import (
@@ -60,7 +61,12 @@ def slab_problem(device: torch.device, dtype: torch.dtype, **options: Any) -> tu
 
     planned = planned_for(vocab)
     (slab,) = (buffer for buffer in planned.workspace if buffer.name == "slab")
-    return arguments, width, tokens * width * slab.dtype.itemsize, planned.workspace_bytes - slab.nbytes
+    rest = planned.workspace_bytes - in_lines(slab.nbytes)
+    return arguments, width, tokens * width * slab.dtype.itemsize, rest
+
+
+def in_lines(nbytes: int) -> int:
+    return math.ceil(nbytes / LINE) * LINE
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -70,7 +76,7 @@ def test_memory_does_not_change_the_result(
     launches = record_launches(monkeypatch)
     arguments, width, slab, rest = slab_problem(device, dtype, label_smoothing=0.1)
     results = []
-    for memory in ("speed", "auto", "lean", rest + slab, rest + 2 * slab, rest + 3 * slab):
+    for memory in ("speed", "auto", "lean", *(rest + in_lines(tiles * slab) for tiles in (1, 2, 3))):
         loss = fused_linear_cross_entropy(**arguments, label_smoothing=0.1, memory=memory)
         results.append({"loss": loss} | gradients(loss, arguments))
     backward = [launched for launched in launches if launched.step.kind == "gradient"]
@@ -98,8 +104,9 @@ def test_too_little_memory_raises(device: torch.device, memory: int) -> None:
 
 def test_too_little_memory_for_the_backward_pass_raises(device: torch.device) -> None:
     arguments, _, slab, rest = slab_problem(device, torch.float32)
-    memory = rest + slab - 1
-    message = f"memory={memory} bytes are too few: this call needs at least {rest + slab}"
+    least = rest + in_lines(slab)
+    memory = least - 1
+    message = f"memory={memory} bytes are too few: this call needs at least {least}"
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(**arguments, memory=memory).backward()
 

@@ -47,20 +47,21 @@ DONE = re.compile(r"^ran (\d+) calls of the kernels (.*)$", re.MULTILINE)
 
 
 def launch_over(planned: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Launch over memory that nobody has written, but for what initcheck does not see written. That holds NaN, as all
-    does in ``tests/core_kernels``, where no NaN may come out.
+    """Launch over memory that nobody has written, each buffer an allocation, but for what initcheck does not see
+    written. That holds NaN, as all does in ``tests/core_kernels``, where no NaN may come out.
     """
-    for name in BY_TMA & tensors.keys():
-        if name not in planned.inputs:
-            tensors[name].fill_(float("nan"))
-    launch(planned, tensors)
+    buffers = {name: tensor for name, tensor in tensors.items() if name != "workspace"}
+    buffers |= {b.name: torch.empty(b.shape, dtype=b.dtype, device="cuda") for b in planned.workspace}
+    for name in BY_TMA & buffers.keys() - {*planned.inputs}:
+        buffers[name].fill_(float("nan"))
+    launch(planned, buffers)
 
 
 def run(step: Step, inputs: problems.Tensors) -> problems.Tensors:
     planned = plan(step, torch.device("cuda"))
-    buffers = {b.name: torch.empty(b.shape, dtype=b.dtype, device="cuda") for b in planned.buffers}
-    launch_over(planned, {name: inputs[name] for name in step.inputs} | buffers)
-    return buffers
+    results = {b.name: torch.empty(b.shape, dtype=b.dtype, device="cuda") for b in step.results}
+    launch_over(planned, {name: inputs[name] for name in step.inputs} | results)
+    return results
 
 
 def calls() -> Iterator[None]:

@@ -105,8 +105,9 @@ def test_uninitialised_memory_is_not_seen(case: Case, monkeypatch: pytest.Monkey
 
         def fill_and_launch(plan: Plan, tensors: dict[str, Tensor], fill: float = fill) -> None:
             filled.append(plan.step.kind)
+            buffers = plan.with_workspace(tensors)
             for buffer in plan.buffers:
-                tensors[buffer.name].fill_(fill if buffer.dtype.is_floating_point else POISON)
+                buffers[buffer.name].fill_(fill if buffer.dtype.is_floating_point else POISON)
             launch(plan, tensors)
 
         monkeypatch.setattr(torch_api.operator, "launch_plan", fill_and_launch)
