@@ -43,10 +43,10 @@ def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 def run_recorded(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors) -> None:
     """``operation``, which launches kernels and does nothing else, from the plan's record of its launches if it can."""
     addresses = {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    aligned = not any(address % ALIGNED for address in addresses.values())
+    aligned = tuple(address % ALIGNED == 0 for address in addresses.values())
     device = torch.cuda.current_device()
     layouts = ((tensors[name].dtype, tensors[name].stride()) for name in plan.varying)
-    key = (device, aligned, "workspace" in addresses, *layouts)
+    key = (device, "workspace" in addresses, aligned, *layouts)
     launches = plan.records.get(key)
     if launches is not None:
         stream, hooked = driver.active.get_current_stream(device), _is_hooked()
@@ -54,10 +54,7 @@ def run_recorded(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors
             launch.again(addresses, stream, hooked)
         return
     with torch.no_grad():
-        if aligned:
-            _record(operation, plan, tensors, key)
-        else:
-            operation(plan, plan.with_workspace(tensors))
+        _record(operation, plan, tensors, key)
 
 
 class Launch(NamedTuple):

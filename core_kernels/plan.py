@@ -79,10 +79,6 @@ class Plan:
     def saved(self) -> tuple[Buffer, ...]:
         return self.step.saved
 
-    @property
-    def buffers(self) -> tuple[Buffer, ...]:
-        return self.step.results + self.workspace
-
     @functools.cached_property
     def allocations(self) -> tuple[Buffer, ...]:
         """What the caller provides beside the inputs: the results, and all of the workspace in one."""
@@ -257,6 +253,10 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
     split_tiles, splits = _splits(n, hidden, columns, tiles) if "x" in step.wanted else (0, 1)
     sums = _first_part(n, tiles) + (splits - 1) * split_tiles * tiles.grad_x.m if splits > 1 else n
     workspace = [*_compaction(step), *_rows(step, sums)]
+    least_slab = [] if step.keep else [_slab_buffer(step, min(_slab_unit(tiles), columns))]
+    if isinstance(memory, int) and _bytes([*workspace, *least_slab]) > memory:
+        split_tiles, splits = 0, 1  # parts take more sums
+        workspace = [*_compaction(step), *_rows(step, n)]
     held = columns
     if not step.keep:
         if memory == "speed":
@@ -268,7 +268,7 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
         else:
             budget = SLAB_BYTES[memory] if isinstance(memory, str) else _whole_lines(memory - rest)
         held = _slab(step, tiles, budget)
-        workspace.append(Buffer("slab", (n, aligned(held)), problem.dtype))
+        workspace.append(_slab_buffer(step, held))
     return Plan(step, "triton", tiles, tuple(workspace), slab=held, split_tiles=split_tiles, splits=splits)
 
 
@@ -337,7 +337,7 @@ def _slab(step: Step, tiles: Tiles, budget: int) -> int:
     """
     problem = step.problem
     n, hidden, columns = problem.tokens, problem.hidden or 0, problem.columns
-    unit = math.lcm(tiles.slab.n, tiles.grad_weight.m, tiles.grad_x.k)
+    unit = _slab_unit(tiles)
     widest = min(max(1, budget // max(1, n * unit * problem.dtype.itemsize)) * unit, columns)
     if widest == columns:
         return columns
@@ -352,6 +352,15 @@ def _slab(step: Step, tiles: Tiles, budget: int) -> int:
         return math.ceil(columns / width) * (of_slab + of_weight + of_x)
 
     return min(range(widest, widest // 2, -unit), key=time)
+
+
+def _slab_buffer(step: Step, columns: int) -> Buffer:
+    return Buffer("slab", (step.problem.tokens, aligned(columns)), step.problem.dtype)
+
+
+def _slab_unit(tiles: Tiles) -> int:
+    """Columns of which a slab has a multiple: whole tiles of all that walk it."""
+    return math.lcm(tiles.slab.n, tiles.grad_weight.m, tiles.grad_x.k)
 
 
 def _rows_of_torch(step: Step) -> list[Buffer]:

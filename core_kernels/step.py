@@ -195,7 +195,8 @@ def for_gradient(step: Step, wanted: Iterable[str], device: torch.device) -> tup
     kept, per_token, many = replace(step, keep=True), 2 * aligned(problem.columns), step
     if isinstance(memory, int):
         per_token += 6 * aligned(problem.hidden) + 64  # rows and vectors of the workspace
-        most = max(0, memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - 2048) // per_token
+        starts = 2048  # what it takes to start each buffer at a line of memory
+        most = max(0, memory - KEPT_STATISTICS_BYTES - 4 * problem.columns - starts) // per_token
     elif memory == "auto":
         most = MOST_KEPT_BYTES // per_token
     else:

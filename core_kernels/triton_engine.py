@@ -33,7 +33,7 @@ _INTERPRETER_LOCK = threading.RLock()
 
 
 def run(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Tensors) -> None:
-    """On the tensors' device; one thread at a time where kernels are interpreted, and never a lock on a GPU."""
+    """On the tensors' device. One thread at a time where kernels are interpreted; on a GPU no lock but to load one."""
     if interpreting():
         with _INTERPRETER_LOCK, torch.no_grad(), np.errstate(all="ignore"):  # masked lanes overflow, as on a GPU
             operation(plan, plan.with_workspace(tensors))

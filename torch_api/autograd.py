@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from core_kernels import KEPT, Step
 from torch_api.operator import decode, encode, gradient_step, launch, output_names
@@ -111,10 +112,10 @@ class PlannedGradient(torch.autograd.Function):
 def applied(function: type[torch.autograd.Function]) -> Callable[..., tuple[Tensor, ...]]:
     """``function.apply``, or as much of it as this call needs: all of it takes the host longer than a few launches.
 
-    Outside of ``torch.func`` no default arguments need to be bound, of which there are none, and where nothing is
-    differentiated nothing needs to be remembered.
+    Outside of ``torch.func`` and forward mode no default arguments need to be bound, of which there are none, and where
+    nothing is differentiated nothing needs to be remembered.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return function.apply
     if not torch.is_grad_enabled():
         return function.forward

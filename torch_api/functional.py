@@ -328,6 +328,9 @@ def _run(
     bias: Tensor | None,
     class_weight: Tensor | None,
 ) -> Tensor | CrossEntropyOutput:
+    if weight is not None and torch.compiler.is_compiling():
+        # Of torch.func.grad's own arguments the compiler does not see that they require grad.
+        rows, weight = rows.view_as(rows), weight.view_as(weight)
     tokens = rows.flatten(0, -2) if rows.dim() > 1 else rows[None]
     if weight is None and not torch.compiler.is_compiling() and _is_copied(rows):
         core.say_once(
@@ -335,9 +338,6 @@ def _run(
             "logits[:, :-1]: leave the logits whole and shift the labels, with ignore_index where none is"
         )
     vectors = (None if v is None else v.contiguous() for v in (bias, class_weight))
-    if weight is not None and torch.compiler.is_compiling():
-        # Of torch.func.grad's own argument the compiler does not see that it requires grad: its gradient would be 0.
-        weight = weight.view_as(weight)
     if weight is not None and torch.is_grad_enabled():
         wanted = tuple(name for name, tensor in (("x", rows), ("weight", weight)) if tensor.requires_grad)
         most, few, many = for_gradient(step, wanted, rows.device) if wanted else (0, step, step)

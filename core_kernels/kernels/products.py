@@ -36,7 +36,7 @@ def weight_gradient(
 
     ``LABELS``: rows of classes that are some token's label go to ``label_rows (tokens, H)`` in float32 as well, at
     ``label_slot (V,)``. ``matrix`` and ``packed_x`` are descriptors of (K, M) and (K, N) blocks, and ``matrix`` is zero
-    from the last valid token to the end of its tile.
+    from the last valid token to the end of its tile, or NaN where that token's row is.
     """
     if OVERLAP:
         cuda.gdc_launch_dependents()

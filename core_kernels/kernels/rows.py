@@ -26,7 +26,7 @@ def gather_rows(
     times ``row_soft`` if ``SCALED``; the last of them where there is none.
 
     Such a row's logits are then some token's own: of zeros they would be NaN where the weight is infinite. With
-    ``CLEAR`` that row of ``cleared (ranks, columns)`` becomes zero: what is saved holds no stray NaN.
+    ``CLEAR`` that row of ``cleared (ranks, columns)`` becomes zero: nothing stray is saved.
     """
     count = tl.load(valid_count)
     rank = tl.minimum(first_rank + tl.program_id(0), count - 1)

@@ -41,7 +41,8 @@ def project_statistics(
 
     With ``KEEP`` the exponentials are relative to the label's logit, and are stored, rounded, through a descriptor of
     (M, N / 2) blocks of ``exponentials``, from the ``first_row``-th on; with a softcap they are times its slope. Rows
-    to the end of the last tile are zero. The rows of ``x`` are packed then, and begin at ``first_row`` too.
+    to the end of the last tile are zero, or NaN where the last valid token's are. The rows of ``x`` are packed then,
+    and begin at ``first_row`` too.
     """
     count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
     token_tiles = tl.cdiv(count, M)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from core_kernels import Argument, Options, Plan, Problem, Step, launch, linear_problem, logits_problem, plan
+from core_kernels import Argument, Buffer, Options, Plan, Problem, Step, launch, linear_problem, logits_problem, plan
 from core_kernels.engine import choose_engine
+from core_kernels.plan import LINE
 from core_kernels.tiles import choose_tiles
 from tests.support import suite_device
 
@@ -91,13 +92,23 @@ def random_inputs(loss: Step, device: torch.device, seed: int = 0) -> Tensors:
     return {name: inputs[name].to(device) for name in (*loss.inputs, "grad_loss")}
 
 
+def in_lines(nbytes: int) -> int:
+    """What so many bytes take of a workspace."""
+    return math.ceil(nbytes / LINE) * LINE
+
+
+def buffers_of(planned: Plan) -> tuple[Buffer, ...]:
+    """All that a launch fills, each on its own."""
+    return planned.step.results + planned.workspace
+
+
 def poisoned(planned: Plan, device: torch.device, poison: float = float("nan")) -> Tensors:
     """Every buffer of the plan, full of ``poison``, or of ``POISON`` where it holds integers."""
     return {
         buffer.name: torch.full(
             buffer.shape, poison if buffer.dtype.is_floating_point else POISON, dtype=buffer.dtype, device=device
         )
-        for buffer in planned.buffers
+        for buffer in buffers_of(planned)
     }
 
 

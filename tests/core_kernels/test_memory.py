@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,6 @@ from core_kernels.plan import (
     LEAN_BYTES,
     LEAN_BYTES_PER_TOKEN,
     LEAN_TOKENS,
-    LINE,
     SLAB_BYTES,
     STATISTICS_BYTES,
 )
@@ -29,6 +27,7 @@ from tests.core_kernels.problems import (
     PLAIN,
     TOKENS,
     VOCAB,
+    in_lines,
     linear,
     logits,
 )
@@ -56,7 +55,7 @@ def bytes_of(planned: Plan, name: str) -> int:
 
 
 def nbytes(planned: Plan) -> int:
-    return sum(buffer.nbytes for buffer in planned.buffers)
+    return sum(buffer.nbytes for buffer in planned.allocations)
 
 
 def unit(planned: Plan) -> int:
@@ -229,6 +228,15 @@ def test_the_least_memory_of_a_loss_that_keeps_exponentials_includes_them(every_
     assert exponentials + max(forward.workspace_bytes, backward.workspace_bytes) == least
 
 
+def test_where_memory_is_short_no_product_is_split(every_tiling: None) -> None:
+    """Parts of a sum take more memory than one, and are there to be faster."""
+    loss = Step("loss", linear(32, 64, 1000, torch.bfloat16, bias=False, class_weight=False), PLAIN, "triton", 0)
+    least = least_memory(loss)
+    short, ample = (plan(replace(loss, memory=memory).gradient(["x", "weight"]), CPU) for memory in (least, 2**30))
+    assert (short.splits, short.workspace_bytes) == (1, least)
+    assert ample.splits > 1 and ample.workspace_bytes > least
+
+
 def test_the_least_memory_of_the_gradient_is_named_and_is_enough(engine: str) -> None:
     """The error is that of the loss, long before the gradient is asked for."""
     loss = Step("loss", linear(), replace(PLAIN, reduction="none"), engine)
@@ -236,7 +244,7 @@ def test_the_least_memory_of_the_gradient_is_named_and_is_enough(engine: str) ->
     buffers = [slab, rows]
     if engine == "triton":  # packed_x, and row_target, valid_tokens and valid_count
         buffers += [TOKENS * aligned(HIDDEN) * 4, TOKENS * 4, TOKENS * 4, 4]
-    least = sum(math.ceil(nbytes / LINE) * LINE for nbytes in buffers)
+    least = sum(map(in_lines, buffers))
     enough = replace(loss, memory=least)
     assert plan(enough, CPU).step == enough
     backward = plan(enough.gradient(["x", "weight"]), CPU)

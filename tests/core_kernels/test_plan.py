@@ -175,7 +175,7 @@ def test_an_option_adds_its_buffers_and_no_other(
     assert names(planned.outputs) - names(without.outputs) == outputs
     assert names(planned.saved) - names(without.saved) == saved
     assert names(planned.workspace) - names(without.workspace) == workspace
-    assert names(without.buffers) <= names(planned.buffers)
+    assert names((*without.outputs, *without.saved)) <= names((*planned.outputs, *planned.saved))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_steps_on_shards(engine: str) -> None:
     shapes = {"grad_x": (TOKENS, HIDDEN), "grad_weight": (VOCAB, HIDDEN), "grad_bias": (VOCAB,)}
     assert {buffer.name: buffer.shape for buffer in gradient.outputs} == shapes
 
-    assert nbytes(plan(shard, CPU).buffers) < nbytes(plan(loss, CPU).buffers)
+    assert nbytes(plan(shard, CPU).allocations) < nbytes(plan(loss, CPU).allocations)
     reduced = {"token_loss", "token_z_loss", "token_correct"} if engine == "triton" else set()
     assert names(plan(combination, CPU).workspace) == reduced
 
@@ -302,7 +302,7 @@ def test_each_group_has_its_own_results(engine: str) -> None:
     problem = linear().times(3).times(2)
     assert (problem.tokens, problem.group_tokens, problem.groups) == (6 * TOKENS, TOKENS, (2, 3))
     loss = Step("loss", problem, EVERYTHING, engine)
-    shapes = {buffer.name: buffer.shape for buffer in plan(loss, CPU).buffers}
+    shapes = {buffer.name: buffer.shape for buffer in plan(loss, CPU).step.results}
     assert {shapes[name] for name in ("loss", "z_loss", "token_accuracy")} == {(2, 3)}
     assert shapes["divisors"] == (2, 3, 2)
     assert {shapes[name] for name in ("predicted_tokens", "lse_base", "log_sum")} == {(6 * TOKENS,)}

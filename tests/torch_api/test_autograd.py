@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from tests.core_kernels.problems import HIDDEN, IGNORE, VOCAB
 from tests.torch_api.calls import (
@@ -171,6 +172,17 @@ def test_a_second_derivative_by_the_upstream_raises(device: torch.device, loss_f
     (first,) = torch.autograd.grad(loss, arguments["input"], upstream, create_graph=True)
     with pytest.raises(RuntimeError, match=SECOND_DERIVATIVE):
         first.square().sum().backward()
+
+
+@every_loss
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_raises(device: torch.device, loss_fn: Loss, mode: Callable[[], Any]) -> None:
+    """Without an error the tangent would be lost. ``no_grad`` does not turn forward mode off."""
+    arguments = {name: tensor.detach() for name, tensor in random_arguments(loss_fn, device).items()}
+    with forward_ad.dual_level(), mode():
+        arguments["input"] = forward_ad.make_dual(arguments["input"], torch.ones_like(arguments["input"]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            loss_fn(**arguments)
 
 
 # ---- the inputs are left alone

@@ -61,9 +61,7 @@ def result_and_gradients(function: Callable[..., Any], arguments: Arguments) -> 
 @pytest.mark.parametrize("options", ({}, OPTIONS, OPTIONS | METRICS), ids=("plain", "options", "metrics"))
 @every_reduction
 @every_loss
-def test_compiled_equals_eager(
-    device: torch.device, loss_fn: Loss, reduction: str, options: dict[str, Any]
-) -> None:
+def test_compiled_equals_eager(device: torch.device, loss_fn: Loss, reduction: str, options: dict[str, Any]) -> None:
     def call(arguments: Arguments) -> Any:
         return loss_fn(**arguments, reduction=reduction, **options)
 
@@ -163,6 +161,25 @@ def test_gradients_by_torch_func_are_compiled(device: torch.device, loss_fn: Los
     (ours, loss), (wanted, wanted_loss) = run(leaves), by_leaves(leaves)
     assert_same_bits(loss, wanted_loss)
     assert_all_same_bits(ours, wanted)
+
+
+@pytest.mark.skipif(not (interpreting() or on_gpu()), reason="only the kernels have schedules")
+@pytest.mark.parametrize("argnums", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize(("most_kept", "vocab"), [(2**32, VOCAB + 112), (0, VOCAB + 113)], ids=["kept", "ahead"])
+def test_gradients_by_torch_func_are_scheduled_as_eager_ones(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, most_kept: int, vocab: int, argnums: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("core_kernels.step.MOST_SPEED_BYTES", most_kept)  # each with a vocab that no other test has
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, HIDDEN, device=device).bfloat16() for n in (9, vocab))
+    labels = torch.randint(0, vocab, (9,), device=device)
+    by = torch.func.grad(lambda x, w: fused_linear_cross_entropy(x, w, labels, memory="speed"), argnums)
+    run, _ = compiled(by)
+    launches = record_launches(monkeypatch)
+    ours = run(x, weight)
+    steps = [planned.step for planned in launches if planned.step.kind == "gradient"]
+    assert all(bool(step.ahead) == (most_kept == 0) and step.keep == (most_kept > 0) for step in steps) and steps
+    assert_all_same_bits(dict(enumerate(ours)), dict(enumerate(by(x, weight))))
 
 
 def test_equal_calls_are_compiled_once(device: torch.device) -> None:

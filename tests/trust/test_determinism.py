@@ -14,7 +14,7 @@ from torch import Tensor
 
 import torch_api
 from core_kernels import Plan
-from tests.core_kernels.problems import POISON
+from tests.core_kernels.problems import POISON, buffers_of
 from tests.parity import frontends
 from tests.parity.cases import EVERYTHING, Case, make_inputs
 from tests.support import interpreting, on_gpu, suite_device
@@ -106,7 +106,7 @@ def test_uninitialised_memory_is_not_seen(case: Case, monkeypatch: pytest.Monkey
         def fill_and_launch(plan: Plan, tensors: dict[str, Tensor], fill: float = fill) -> None:
             filled.append(plan.step.kind)
             buffers = plan.with_workspace(tensors)
-            for buffer in plan.buffers:
+            for buffer in buffers_of(plan):
                 buffers[buffer.name].fill_(fill if buffer.dtype.is_floating_point else POISON)
             launch(plan, tensors)
 

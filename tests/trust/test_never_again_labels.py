@@ -14,7 +14,16 @@ from torch import Tensor
 import jax_api
 import torch_api
 from core_kernels import Options, Step, launch, plan
-from tests.core_kernels.problems import ENGINES, Tensors, differentiable, linear, logits, outputs_of, saved_of
+from tests.core_kernels.problems import (
+    ENGINES,
+    Tensors,
+    buffers_of,
+    differentiable,
+    linear,
+    logits,
+    outputs_of,
+    saved_of,
+)
 from tests.parity import frontends
 from tests.parity.cases import METRICS, Case, Inputs, make_inputs
 from tests.support import on_gpu, suite_device
@@ -195,7 +204,7 @@ def launch_guarded(step: Step, tensors: Tensors, engine: str) -> Tensors:
     device = tensors["labels"].device
     planned = plan(replace(step, engine=engine), device)
     guarded = Guarded()
-    buffers = {b.name: torch.full(b.shape, -77, dtype=b.dtype, device=device) for b in planned.buffers}
+    buffers = {b.name: torch.full(b.shape, -77, dtype=b.dtype, device=device) for b in buffers_of(planned)}
     given = {name: guarded.within_margins(name, tensor) for name, tensor in buffers.items()}
     inputs = {name: guarded.within_margins(f"input {name}", tensors[name]) for name in step.inputs}
     launch(planned, given | inputs)
