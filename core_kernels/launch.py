@@ -37,7 +37,7 @@ def launch(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     engine.run(operations[plan.step.kind], plan, tensors)
 
 
-@functools.cache
+@functools.lru_cache
 def _engine(name: str) -> ModuleType:
     """Imported when first used: the Triton engine needs Triton, which not every machine has."""
     if name == "torch":

@@ -152,7 +152,7 @@ def test_10_speed_over_a_sharded_vocab_says_so_once() -> None:
 @in_both_frontends
 @pytest.mark.parametrize("name", ["odd_hidden", "sliced"])
 def test_10_a_weight_that_is_read_by_elements_says_so_once(name: str, frontend: str) -> None:
-    hidden = 23 if name == "odd_hidden" or frontend == "jax" else 24
+    hidden = 23 if name == "odd_hidden" else 24 if frontend == "torch" else 25  # a compiled program says it once
     case = KEPT.case("by_elements", hidden=hidden, layout="sliced" if name == "sliced" else "contiguous")
     (sentence,) = steps(frontend, KEPT, case)
     assert "the weight is read by elements and not in blocks, which is slower" in sentence
