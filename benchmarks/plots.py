@@ -49,7 +49,7 @@ def time_against_memory(results: dict) -> plt.Figure | None:
     if not labels:
         return None
     colour = colours(labels)
-    figure, panels = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), squeeze=False)
+    figure, panels = plt.subplots(1, len(shapes), figsize=(4 * len(shapes), 4), squeeze=False, sharex=True)
     for panel, (name, found) in zip(panels[0], points.items(), strict=True):
         for label, (extra, ratio) in found.items():
             panel.plot(max(extra, 1), ratio, color=colour[label], linestyle="none", label=label, **style(label))
