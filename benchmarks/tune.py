@@ -39,10 +39,13 @@ KERNELS = {
     "grad_weight": ("weight_gradient", ("speed", "lean")),
 }
 TILES = [
-    tiles.Tile(128, 256, 64, 8, 8, 4),
     tiles.Tile(128, 256, 64, 16, 8, 3),
     tiles.Tile(128, 128, 64, 16, 4, 3, 2),
 ]
+# Where warps specialise: the projections' multiply in two parts of four warps each, and the others' in one of eight.
+PARTED = [tiles.Tile(128, 256, 64, group, 4, 4, 1, True) for group in (8, 16)]
+WHOLE = [tiles.Tile(m, n, 64, group, 8, 4, 1, True) for m, n in ((128, 256), (256, 128)) for group in (4, 8, 16)]
+SPECIALIZED = {"project": PARTED, "keep": PARTED, "slab": PARTED, "grad_x": WHOLE, "grad_weight": WHOLE}
 ROWS = [tiles.Row(*row) for row in ((4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32))]
 ROW_KERNELS = {"forward": "cross_entropy_forward", "backward": "cross_entropy_backward"}
 ROUNDS = 2
@@ -89,8 +92,10 @@ def tune_products(shape: str) -> dict[str, list[int]]:
     steps[None] = evaluation(twinhead(**METRICS))(problem)
     best = tiles.choose_tiles(torch.device("cuda"), torch.bfloat16, size[1])
     print(shape, size)
+    hopper = torch.cuda.get_device_capability()[0] == 9 and tiles.can_specialize()
     for name, (kernel, modes) in KERNELS.items():
-        best = fastest(name, TILES, [steps[mode] for mode in modes], kernel, best)
+        candidates = TILES + (SPECIALIZED[name] if hopper else [])
+        best = fastest(name, candidates, [steps[mode] for mode in modes], kernel, best)
     use(best)
     return {name: list(astuple(getattr(best, name))) for name in KERNELS}
 

@@ -68,33 +68,72 @@ def gradient_flags(plan: Plan) -> dict[str, Any]:
 
 
 def blocks(tile: Tile) -> dict[str, Any]:
-    return {
-        "M": tile.m,
-        "N": tile.n,
-        "K": tile.k,
-        "GROUP": tile.group,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
+    pipeline = {"STAGES": tile.stages, "PARTS": tile.parts} if tile.specialized else {"num_stages": tile.stages}
+    return {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "num_warps": tile.warps, **pipeline}
 
 
 def projection(plan: Plan, tile: Tile, layout: str) -> dict[str, Any]:
+    return {"BIAS": plan.problem.has_bias, "LAYOUT": layout, **blocks(tile)}
+
+
+def even_k(plan: Plan, tile: Tile) -> bool:
     assert plan.problem.hidden is not None
-    even = plan.problem.hidden % tile.k == 0
-    return {"BIAS": plan.problem.has_bias, "LAYOUT": layout, "EVEN_K": even, **blocks(tile)}
+    return plan.problem.hidden % tile.k == 0
 
 
-def described_weight(weight: Tensor, columns: int, hidden: int) -> tuple[Any, str]:
-    """The weight as kernels read it in blocks of so many columns by hidden units, and its layout.
+def layout_of(weight: Tensor) -> str:
+    """How kernels read a weight, or store its gradient: as a descriptor of its own rows, or of its columns, or by
+    elements.
 
     A descriptor wants a row-major matrix whose rows start at multiples of 16 bytes.
     """
-    for layout, matrix, block in (("vh", weight, [columns, hidden]), ("hv", weight.T, [hidden, columns])):
+    for layout, matrix in (("vh", weight), ("hv", weight.T)):
         row, step = matrix.stride()
         if step == 1 and row * weight.itemsize % 16 == 0 and row > 0 and matrix.data_ptr() % 16 == 0:
-            return TensorDescriptor.from_tensor(matrix, block), layout
+            return layout
     say_once(
         "the weight is read by elements and not in blocks, which is slower: neither its rows nor its columns are "
         "contiguous with each at a multiple of 16 bytes, as a hidden size that is a multiple of 8 has them"
     )
-    return weight, "strided"
+    return "strided"
+
+
+def fitting(tile: Tile, layout: str) -> Tile:
+    """The tile of a product one of whose operands has this layout."""
+    return tile.pipelined if layout == "strided" else tile
+
+
+def kernel_for(tile: Tile, kernel: Any, by_pointers: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """``kernel`` and what else it takes to read ``by_pointers``; or its like for Hopper, which reads descriptors alone
+    and which other GPUs need not parse.
+    """
+    if not tile.specialized:
+        return kernel, by_pointers
+    from core_kernels.kernels import specialized
+
+    return getattr(specialized, kernel.__name__), {}
+
+
+def strides(**matrices: Tensor) -> dict[str, int]:
+    """Strides of ``x (n, h)``, of the weight ``w (v, h)`` and of its gradient ``g``, as kernels name them."""
+    return {
+        f"stride_{name}{axis}": stride
+        for name, matrix in matrices.items()
+        for axis, stride in zip("nh" if name == "x" else "vh", matrix.stride(), strict=True)
+    }
+
+
+def describe(matrix: Tensor, block: list[int], tile: Tile) -> Any:
+    """A descriptor of blocks of ``matrix``, for a product of such a tile."""
+    if tile.specialized:
+        from core_kernels.kernels.hopper import describe_block
+
+        return describe_block(matrix, block)
+    return TensorDescriptor.from_tensor(matrix, block)
+
+
+def describe_weight(weight: Tensor, layout: str, columns: int, hidden: int, tile: Tile) -> Any:
+    """A weight, or its gradient, in blocks of so many columns of the vocab by hidden units."""
+    if layout == "strided":
+        return weight
+    return describe(weight, [columns, hidden], tile) if layout == "vh" else describe(weight.T, [hidden, columns], tile)

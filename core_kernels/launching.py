@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core_kernels.arguments import Tensors
 from core_kernels.engine import interpreting
@@ -96,9 +95,14 @@ def _is_hooked() -> bool:
     return any(getattr(hook, "calls", hook) for hook in hooks)
 
 
-def _described(known: TensorDescriptor, base: Any) -> TensorDescriptor:
-    """``known`` of another tensor like its own, which need not be looked at again."""
-    descriptor = object.__new__(TensorDescriptor)
+def _is_descriptor(value: Any) -> bool:
+    """Of Triton's or of Gluon's."""
+    return hasattr(value, "block_shape")
+
+
+def _described(known: Any, base: Any) -> Any:
+    """A descriptor like ``known``, of another tensor like its own, which need not be looked at again."""
+    descriptor = object.__new__(type(known))
     descriptor.__dict__.update(known.__dict__, base=base)
     return descriptor
 
@@ -125,8 +129,8 @@ def _trait(value: Any) -> Any:
     if isinstance(value, Tensor):
         aligned = value.data_ptr() % ALIGNED == 0
         return value.dtype, aligned, torch.version.hip is not None and value.untyped_storage().nbytes() < _INT32
-    if isinstance(value, TensorDescriptor):
-        return value.base.dtype, *value.block_shape
+    if _is_descriptor(value):
+        return type(value), value.base.dtype, *value.block_shape
     return _option(value)
 
 
@@ -165,7 +169,7 @@ def _without_addresses(
         if isinstance(value, Tensor):
             pointers.append((place, *place_of(value.data_ptr())))
             kept[place] = None
-        elif isinstance(value, TensorDescriptor):
+        elif _is_descriptor(value):
             descriptors.append((place, *place_of(value.base.data_ptr())))
             kept[place] = _described(value, None)  # a record shall hold no memory of a GPU
     return Launch(kernel, grid, tuple(kept), tuple(pointers), tuple(descriptors))

@@ -30,8 +30,8 @@ SLAB_BYTES = {"auto": 512 * MIB, "speed": 4096 * MIB}
 LEAN_BYTES, LEAN_TOKENS, LEAN_BYTES_PER_TOKEN = 252 * MIB, 8192, 7 * 1024
 # On a CPU a larger slab wins nothing.
 CPU_SLAB_BYTES = 64 * MIB
-# Bytes of the tiles' statistics that a projection holds at a time.
-STATISTICS_BYTES = 28 * MIB
+# Bytes of the tiles' statistics, and of packed rows, that a projection holds at a time.
+PROJECTION_BYTES = 28 * MIB
 # Bytes of the exponentials of a chunk of tokens whose gradients are computed ahead.
 CHUNK_BYTES = 2720 * MIB
 # A product of so many rounds of tiles does not mind a last one that is not full.
@@ -158,8 +158,12 @@ def _plan(step: Step, device: torch.device) -> Plan:
         workspace.append(Buffer("packed_x", (chunk, aligned(step.problem.hidden)), step.problem.dtype))
     if step.ahead:
         workspace += _chunk_buffers(step, chunk)
-    ranks = _ranks(workspace, step, tiles)
-    workspace += _statistics(step, "tile", math.ceil(step.problem.columns / _projection(step, tiles).n), ranks)
+    tile = _projection(step, tiles)
+    packs = tile.specialized and not (step.keep or step.ahead)
+    if isinstance(step.memory, int) and _bytes([*workspace, *_at_a_time(step, tile, tile.m, packs)]) > step.memory:
+        packs = False
+    ranks = _ranks(workspace, step, tile, packs)
+    workspace += _at_a_time(step, tile, ranks, packs)
     return Plan(step, engine, tiles, tuple(workspace), ranks=ranks, chunk=chunk)
 
 
@@ -221,18 +225,25 @@ def _statistics(step: Step, part: str, parts: int, ranks: int) -> list[Buffer]:
     return buffers
 
 
-def _ranks(workspace: list[Buffer], step: Step, tiles: Tiles) -> int:
-    """Of how many tokens the statistics of all vocab tiles are there at a time: whole tiles, in launches that are
-    equal.
+def _at_a_time(step: Step, tile: Tile, ranks: int, packs: bool) -> list[Buffer]:
+    """What is held of the tokens that one launch projects: the statistics of all vocab tiles, and their rows of ``x``
+    if it ``packs`` them.
     """
-    tile, tokens = _projection(step, tiles), step.problem.tokens
-    budget = KEPT_STATISTICS_BYTES if step.keep or step.ahead else STATISTICS_BYTES
-    of_one = _statistics(step, "tile", math.ceil(step.problem.columns / tile.n), 1)
+    assert step.problem.hidden is not None
+    statistics = _statistics(step, "tile", math.ceil(step.problem.columns / tile.n), ranks)
+    rows = Buffer("packed_x", (ranks, aligned(step.problem.hidden)), step.problem.dtype)
+    return [*statistics, *([rows] if packs else [])]
+
+
+def _ranks(workspace: list[Buffer], step: Step, tile: Tile, packs: bool) -> int:
+    """How many tokens a launch projects: whole tiles, in launches that are equal."""
+    tokens = step.problem.tokens
+    budget = KEPT_STATISTICS_BYTES if step.keep or step.ahead else PROJECTION_BYTES
+    of_tile = _at_a_time(step, tile, tile.m, packs)
     if isinstance(step.memory, int) and not step.keep:
-        budget = min(budget, step.memory - _bytes(workspace) - len(of_one) * LINE)
-    per_tile = tile.m * sum(buffer.nbytes for buffer in of_one)
+        budget = min(budget, step.memory - _bytes(workspace) - len(of_tile) * LINE)
     token_tiles = math.ceil(tokens / tile.m)
-    launches = math.ceil(token_tiles / max(1, budget // per_tile))
+    launches = math.ceil(token_tiles / max(1, budget // sum(buffer.nbytes for buffer in of_tile)))
     return max(1, math.ceil(token_tiles / launches)) * tile.m if tokens else tile.m
 
 

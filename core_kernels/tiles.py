@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
+from importlib import metadata, resources
 from typing import Any
 
 import torch
@@ -35,6 +35,16 @@ class Tile:
     warps: int
     stages: int
     resident: int = 1  # programs that a multiprocessor runs at a time
+    specialized: bool = False  # one more warp loads what these multiply, four of them for each part of the tile's rows
+
+    @property
+    def parts(self) -> int:
+        return 8 // self.warps if self.specialized else 1
+
+    @property
+    def pipelined(self) -> Tile:
+        """As Triton itself overlaps loads and products: for operands without descriptors, and other GPUs."""
+        return replace(self, warps=8, stages=min(self.stages, 3), specialized=False) if self.specialized else self
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,10 @@ class Tiles:
     def __post_init__(self) -> None:
         for name in ("slab", "keep"):
             rows = getattr(self, name).m  # of its tiles the last is filled with zeros, and no more is
-            if rows % self.grad_weight.k or rows % self.grad_x.m:
+            if rows % self.grad_weight.k:
                 raise ValueError(
-                    f"{name}.m must be a multiple of grad_weight.k and of grad_x.m, which read whole blocks of what it "
-                    f"writes; got {rows}, {self.grad_weight.k} and {self.grad_x.m}"
+                    f"{name}.m must be a multiple of grad_weight.k, which sums over whole blocks of the rows that it "
+                    f"writes; got {rows} and {self.grad_weight.k}"
                 )
 
     def programs(self, tile: Tile) -> int:
@@ -96,6 +106,8 @@ def choose_tiles(device: torch.device, dtype: torch.dtype, hidden: int | None) -
             rows |= {name: Row(*row) for name, row in entry["rows"].items()}
         elif entry["capability"] == capability and (entry["bytes"], entry["hidden"]) == (dtype.itemsize, length):
             tiles |= {name: Tile(*tile) for name, tile in entry["tiles"].items()}
+    if not can_specialize():
+        tiles = {name: tile.pipelined for name, tile in tiles.items()}
     if all(entry["capability"] != capability for entry in measured()):
         say_once(
             "the tiles of its kernels were measured on other GPUs than this one, which may be slower than it could be "
@@ -103,6 +115,13 @@ def choose_tiles(device: torch.device, dtype: torch.dtype, hidden: int | None) -
         )
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Tiles(**tiles, **rows, processors=processors, overlap=capability >= 9)
+
+
+@functools.cache
+def can_specialize() -> bool:
+    """Whether this Triton has what ``kernels/hopper.py`` is written in."""
+    major, minor = metadata.version("triton").split(".")[:2]
+    return (int(major), int(minor)) >= (3, 6)
 
 
 @functools.cache

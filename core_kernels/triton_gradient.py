@@ -6,18 +6,22 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core_kernels.arguments import (
     Tensors,
     blocks,
     class_weights,
-    described_weight,
+    describe,
+    describe_weight,
+    fitting,
     gradient_flags,
     group_tokens,
+    kernel_for,
+    layout_of,
     logit_options,
     loss_options,
     projection,
+    strides,
 )
 from core_kernels.kernels import products, rows, slab
 from core_kernels.launching import launching
@@ -131,13 +135,14 @@ def sort_labels(plan: Plan, t: Tensors, first: int, ranks: int) -> None:
 
 def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first: int) -> None:
     """Fill ``matrix`` with the gradient of the raw logits for its columns of the vocab, from the ``first``."""
-    problem, tile, weight = plan.problem, plan.tiles.slab, t["weight"]
-    described, layout = described_weight(weight, tile.n, tile.k)
-    flags, losses = projection(plan, tile, layout), loss_options(plan)
-    del flags["EVEN_K"]
-    launching(slab.slab_gradient, (plan.tiles.programs(tile),))(
-        TensorDescriptor.from_tensor(packed, [tile.m, tile.k]),
-        described,
+    problem, weight, losses = plan.problem, t["weight"], loss_options(plan)
+    layout = layout_of(weight)
+    tile = fitting(plan.tiles.slab, layout)
+    rows_of_part = tile.m // tile.parts
+    kernel, by_pointers = kernel_for(tile, slab.slab_gradient, strides(w=weight))
+    launching(kernel, (plan.tiles.programs(tile),))(
+        describe(packed, [rows_of_part, tile.k], tile),
+        describe_weight(weight, layout, tile.n, tile.k, tile),
         t.get("bias"),
         t["labels"],
         t.get("class_weight"),
@@ -147,8 +152,7 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
         t["lse_base"],
         t["log_sum"],
         *_row_factors(t),
-        TensorDescriptor.from_tensor(matrix, [tile.m, tile.n // 2]),
-        *weight.stride(),
+        describe(matrix, [rows_of_part, tile.n // 2], tile),
         problem.columns,
         problem.hidden,
         first,
@@ -159,7 +163,8 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
         SMOOTHING=losses["SMOOTHING"],
         Z_LOSS=plan.options.lse_square_scale > 0,
         **logit_options(plan),
-        **flags,
+        **by_pointers,
+        **projection(plan, tile, layout),
     )
 
 
@@ -179,17 +184,18 @@ def weight_gradient(
 
     ``ranks`` are the first of the valid tokens, and how many: sums of those but the first are added.
     """
-    tile = plan.tiles.grad_weight
-    described, layout = (out, "sums") if sums else described_weight(out, tile.m, tile.n // 2)
-    launching(products.weight_gradient, (plan.tiles.programs(tile),))(
-        TensorDescriptor.from_tensor(matrix, [tile.k, tile.m]),
-        TensorDescriptor.from_tensor(packed, [tile.k, tile.n]),
-        described,
+    layout = "sums" if sums else layout_of(out)
+    tile = fitting(plan.tiles.grad_weight, layout)
+    kernel, by_pointers = kernel_for(tile, products.weight_gradient, {"stride_gh": out.stride(1)})
+    launching(kernel, (plan.tiles.programs(tile),))(
+        describe(matrix, [tile.k, tile.m], tile),
+        describe(packed, [tile.k, tile.n], tile),
+        out if sums else describe_weight(out, layout, tile.m, tile.n // 2, tile),
         label_rows,
         None if label_rows is None else t["label_slot"],
         t["valid_count"],
-        *out.stride(),
         0 if label_rows is None else label_rows.stride(0),
+        out.stride(0),
         *ranks,
         first,
         matrix.shape[1],
@@ -199,6 +205,7 @@ def weight_gradient(
         LAYOUT=layout,
         ADD=sums and ranks[0] > 0,
         OVERLAP=overlap,
+        **by_pointers,
         **blocks(tile),
     )
 
@@ -230,15 +237,16 @@ def input_gradient(
     plan: Plan, t: Tensors, matrix: Tensor, out: Tensor, ranks: tuple[int, int], first: int = 0, overlap: bool = False
 ) -> None:
     """``matrix @ weight`` over the columns of the vocab from the ``first``, added to those before, for these ranks."""
-    tile, weight = plan.tiles.grad_x, t["weight"]
-    described, layout = described_weight(weight, tile.k, tile.n)
+    weight = t["weight"]
+    layout = layout_of(weight)
+    tile = fitting(plan.tiles.grad_x, layout)
+    kernel, by_pointers = kernel_for(tile, products.input_gradient, strides(w=weight))
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-    launching(products.input_gradient, (plan.tiles.programs(tile),))(
-        TensorDescriptor.from_tensor(matrix, [tile.m, tile.k]),
-        described,
+    launching(kernel, (plan.tiles.programs(tile),))(
+        describe(matrix, [tile.m, tile.k], tile),
+        describe_weight(weight, layout, tile.k, tile.n, tile),
         out,
         t["valid_count"],
-        *weight.stride(),
         out.shape[0],
         out.stride(0),
         *ranks,
@@ -253,6 +261,7 @@ def input_gradient(
         SPLIT=plan.splits > 1,
         LAYOUT=layout,
         OVERLAP=overlap,
+        **by_pointers,
         **blocks(tile),
         **launch,
     )

@@ -7,16 +7,21 @@ import math
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core_kernels.arguments import (
     Tensors,
     class_weights,
-    described_weight,
+    describe,
+    describe_weight,
+    even_k,
+    fitting,
+    kernel_for,
+    layout_of,
     logit_options,
     loss_options,
     metric_flags,
     projection,
+    strides,
     token_results,
 )
 from core_kernels.kernels import finish, rows, statistics, tokens
@@ -49,36 +54,42 @@ def prepare_tokens(plan: Plan, t: Tensors) -> None:
 
 
 def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
-    """Losses and metrics of ``count`` valid tokens from the ``first``-th; and their exponentials, if there is room."""
+    """Losses and metrics of ``count`` valid tokens from the ``first``-th; and their exponentials, if there is room.
+
+    Rows of ``x`` that exponentials are kept of are packed already, and others here, if there is room for a launch's.
+    """
     problem, kept = plan.problem, t.get("exponentials")
     x, weight = t["x"], t["weight"]
-    tile = plan.tiles.project if kept is None else plan.tiles.keep
-    described, layout = described_weight(weight, tile.n, tile.k)
+    packed = t["packed_x"][:, : problem.hidden] if "packed_x" in t else None
+    layout = layout_of(weight)
+    tile = fitting(plan.tiles.project if kept is None else plan.tiles.keep, layout)
+    if packed is None:
+        tile = tile.pipelined
     parts = triton.cdiv(problem.columns, tile.n)
-    rows_of_x = x
-    if kept is not None:
-        rows_of_x = TensorDescriptor.from_tensor(t["packed_x"][:, : problem.hidden], [tile.m, tile.k])
-        kept = TensorDescriptor.from_tensor(kept, [tile.m, tile.n // 2])
+    rows_of_part = tile.m // tile.parts
+    by_pointers = {**strides(x=x, w=weight), "PACKED": packed is not None, "EVEN_K": even_k(plan, tile)}
+    kernel, by_pointers = kernel_for(tile, statistics.project_statistics, by_pointers)
     for start in range(first, first + count, plan.ranks):
         ranks = min(plan.ranks, first + count - start)
-        launching(statistics.project_statistics, (plan.tiles.programs(tile),))(
-            rows_of_x,
-            described,
+        if kept is None and packed is not None:
+            gather_rows(plan, t, packed, start, None)
+        launching(kernel, (plan.tiles.programs(tile),))(
+            x if packed is None else describe(packed, [rows_of_part, tile.k], tile),
+            describe_weight(weight, layout, tile.n, tile.k, tile),
             t.get("bias"),
             t.get("class_weight"),
             t["valid_tokens"],
             t["valid_count"],
             t["label_logit"],
-            kept,
+            None if kept is None else describe(kept, [rows_of_part, tile.n // 2], tile),
             *_parts(t, "tile"),
-            *x.stride(),
-            *weight.stride(),
             problem.columns,
             problem.hidden,
             start,
             ranks,
-            start - first,
+            0 if kept is None else start - first,
             plan.tiles.programs(tile),
+            **by_pointers,
             **logit_options(plan),
             KEEP=kept is not None,
             ARGMAX=plan.options.needs_argmax,
@@ -90,13 +101,13 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
 
 
 def linear_shard(plan: Plan, t: Tensors) -> None:
-    problem, tile = plan.problem, plan.tiles.project
+    problem, tile = plan.problem, plan.tiles.project.pipelined
     x, weight = t["x"], t["weight"]
-    described, layout = described_weight(weight, tile.n, tile.k)
+    layout = layout_of(weight)
     compact_valid_tokens(plan, t)
     launching(statistics.shard_statistics, (triton.cdiv(problem.tokens, tile.m) * plan.strips,))(
         x,
-        described,
+        describe_weight(weight, layout, tile.n, tile.k, tile),
         t.get("bias"),
         t["labels"],
         t.get("class_weight"),
@@ -115,6 +126,7 @@ def linear_shard(plan: Plan, t: Tensors) -> None:
         ARGMAX=plan.options.needs_argmax,
         CLASS_WEIGHT=problem.has_class_weight,
         SMOOTHING=plan.options.label_smoothing > 0,
+        EVEN_K=even_k(plan, tile),
         **projection(plan, tile, layout),
     )
     launching(finish.finish_shard, (triton.cdiv(problem.tokens, TOKEN_BLOCK),))(
@@ -226,7 +238,7 @@ def reduce_tokens(plan: Plan, t: Tensors) -> None:
 
 def _project_labels(plan: Plan, t: Tensors) -> None:
     tile = plan.tiles.keep if "exponentials" in t else plan.tiles.project
-    block, flags = min(tile.m, LABEL_BLOCK), projection(plan, tile, "strided")
+    block = min(tile.m, LABEL_BLOCK)
     launching(project.project_labels, (triton.cdiv(plan.problem.tokens, block),))(
         t["x"],
         t["weight"],
@@ -240,8 +252,8 @@ def _project_labels(plan: Plan, t: Tensors) -> None:
         plan.problem.tokens,
         plan.problem.hidden,
         **logit_options(plan),
-        BIAS=flags["BIAS"],
-        EVEN_K=flags["EVEN_K"],
+        BIAS=plan.problem.has_bias,
+        EVEN_K=even_k(plan, tile),
         M=block,
         K=tile.k,
         num_warps=4,
@@ -286,14 +298,14 @@ def _finish_tokens(
 
 
 def repair_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
-    problem, tile = plan.problem, plan.tiles.slab
+    problem, tile = plan.problem, plan.tiles.slab.pipelined
     x, weight = t["x"], t["weight"]
-    described, layout = described_weight(weight, tile.n, tile.k)
+    layout = layout_of(weight)
     flags = projection(plan, tile, layout)
     del flags["GROUP"]
     launching(statistics.repair_tokens, (triton.cdiv(count, tile.m),))(
         x,
-        described,
+        describe_weight(weight, layout, tile.n, tile.k, tile),
         t.get("bias"),
         t["labels"],
         *class_weights(t),
@@ -313,6 +325,7 @@ def repair_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
         **loss_options(plan),
         **metric_flags(plan),
         KEEP="exponentials" in t,
+        EVEN_K=even_k(plan, tile),
         **flags,
     )
 

@@ -25,8 +25,8 @@ from core_kernels.kernels.stores import (
 
 @triton.jit
 def weight_gradient(
-    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, stride_gv, stride_gh, rows_stride,
-    first_rank, ranks, first_column, columns, H, programs,
+    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, rows_stride, stride_gv,
+    first_rank, ranks, first_column, columns, H, programs, stride_gh,
     LABELS: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -75,10 +75,50 @@ def split_from(token_tiles, split_tiles):
     return tl.maximum(token_tiles - split_tiles, 0)
 
 
+@triton.jit
+def count_sums(token_tiles, hidden_tiles, split_tiles, splits, SPLIT: tl.constexpr):
+    """How many tiles ``input_gradient`` sums, each part of a tile counted."""
+    count = token_tiles
+    if SPLIT:
+        first_split = split_from(token_tiles, split_tiles)
+        count = first_split + (token_tiles - first_split) * splits
+    return count * hidden_tiles
+
+
+@triton.jit
+def find_sum(
+    index, token_tiles, hidden_tiles, columns, split_tiles, splits, first_part,
+    SPLIT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Of the ``index``-th of those: its tile of tokens and of hidden units, the row where its sum goes, and the columns
+    that it sums over.
+    """
+    first_split = token_tiles
+    if SPLIT:
+        first_split = split_from(token_tiles, split_tiles)
+    whole = first_split * hidden_tiles
+    split_count = token_tiles - first_split
+    split = split_count * hidden_tiles
+    is_part = index >= whole
+    rank = tl.where(is_part, (index - whole) % tl.maximum(split, 1), index)
+    tile, hidden_tile = grouped_tile(rank, tl.where(is_part, split_count, first_split), hidden_tiles, GROUP)
+    tile = tl.where(is_part, first_split + tile, tile)
+    row = tile * M
+    begin = 0
+    end = columns
+    if SPLIT:
+        part = tl.maximum(index - whole, 0) // tl.maximum(split, 1)
+        row = tl.where(part > 0, first_part + ((part - 1) * split_tiles + tile - first_split) * M, row)
+        per_part = tl.cdiv(tl.cdiv(columns, K), splits) * K
+        begin = part * per_part
+        end = tl.where(is_part, tl.minimum(begin + per_part, columns), columns)
+    return tile, hidden_tile, row, begin, end
+
+
 @triton.jit(do_not_specialize=["columns"])  # of one column the loop would be none, and take the memory of a fifth stage
 def input_gradient(
-    matrix, weight, rows, valid_count, stride_wv, stride_wh, rows_end, rows_stride,
-    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs,
+    matrix, weight, rows, valid_count, rows_end, rows_stride,
+    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs, stride_wv, stride_wh,
     ADD: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -92,27 +132,11 @@ def input_gradient(
     count = tl.maximum(tl.minimum(tl.load(valid_count) - first_rank, ranks), 0)
     token_tiles = tl.cdiv(count, M)
     hidden_tiles = tl.cdiv(H, N)
-    first_split = token_tiles
-    if SPLIT:
-        first_split = split_from(token_tiles, split_tiles)
-    whole = first_split * hidden_tiles
-    split_count = token_tiles - first_split
-    split = split_count * hidden_tiles
-    for index in tl.range(tl.program_id(0), whole + split * splits, programs):
-        is_part = index >= whole
-        rank = tl.where(is_part, (index - whole) % tl.maximum(split, 1), index)
-        tile, hidden_tile = grouped_tile(rank, tl.where(is_part, split_count, first_split), hidden_tiles, GROUP)
-        tile = tl.where(is_part, first_split + tile, tile)
-        row = tile * M
-        begin = 0
-        end = columns
-        if SPLIT:
-            part = tl.maximum(index - whole, 0) // tl.maximum(split, 1)
-            if part > 0:
-                row = first_part + ((part - 1) * split_tiles + tile - first_split) * M
-            per_part = tl.cdiv(tl.cdiv(columns, K), splits) * K
-            begin = part * per_part
-            end = tl.where(is_part, tl.minimum(begin + per_part, columns), columns)
+    sums = count_sums(token_tiles, hidden_tiles, split_tiles, splits, SPLIT)
+    for index in tl.range(tl.program_id(0), sums, programs):
+        tile, hidden_tile, row, begin, end = find_sum(
+            index, token_tiles, hidden_tiles, columns, split_tiles, splits, first_part, SPLIT, M, K, GROUP
+        )
         total = tl.zeros([M, N], tl.float32)
         for start in range(begin, end, K):
             a = matrix.load([tile * M, start])

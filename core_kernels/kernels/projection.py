@@ -65,9 +65,13 @@ def project(
         if not PACKED:
             x_tile += tl.cast(stride_xh, tl.int64) * K
     if BIAS:
-        column = first_column + tl.arange(0, N)
-        z = z + tl.load(bias + column, mask=column < columns, other=0.0)[None, :].to(tl.float32)
+        z = add_bias(z, bias, first_column + tl.arange(0, N), columns)
     return z
+
+
+@triton.jit
+def add_bias(z, bias, column, columns):
+    return z + tl.load(bias + column, mask=column < columns, other=0.0)[None, :].to(tl.float32)
 
 
 @triton.jit

@@ -12,10 +12,9 @@ from core_kernels.kernels.stores import store_rounded
 def slab_gradient(
     packed_x, weight, bias, labels, class_weight, first_class, valid_tokens, valid_count,
     lse_base, saved_log_sum, row_target, row_soft, row_uniform, slab,
-    stride_wv, stride_wh, columns, H, first_column, slab_columns, programs, logit_scale, softcap,
-    SHARDED: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, LAYOUT: tl.constexpr,
+    columns, H, first_column, slab_columns, programs, logit_scale, softcap, stride_wv, stride_wh,
+    SHARDED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LAYOUT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each of which takes every ``programs``-th tile. ``slab``, a descriptor of (M, N / 2) blocks:
@@ -34,28 +33,42 @@ def slab_gradient(
         rank = tile * M + tl.arange(0, M)
         inside = rank < count
         token = tl.load(valid_tokens + rank, mask=inside, other=0).to(tl.int64)
-        column = first_column + vocab_tile * N + tl.arange(0, N)
         z = project(
             packed_x, weight, bias, tile * M, token, inside, first_column + vocab_tile * N, columns, H,
             0, 0, stride_wv, stride_wh, BIAS, True, LAYOUT, True, M, N, K,
         )  # fmt: skip
-        z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)  # columns past the slab are not stored
-        label = (tl.load(labels + token, mask=inside, other=-1) - shard).to(tl.int32)
-        base = tl.load(lse_base + token, mask=inside, other=float("inf"))  # others have no probabilities
-        log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
-        target = tl.load(row_target + token, mask=inside, other=0.0)
-        soft = target
-        uniform = target
-        if SMOOTHING or Z_LOSS:
-            soft = tl.load(row_soft + token, mask=inside, other=0.0)
-        if SMOOTHING:
-            uniform = tl.load(row_uniform + token, mask=inside, other=0.0)
-        weights = class_weight
-        if CLASS_WEIGHT:
-            weights += shard
-        g = logits_gradient(
-            z, column[None, :], (column < columns)[None, :], label[:, None], base[:, None],
-            log_sum[:, None], soft[:, None], target[:, None], uniform[:, None],
-            weights, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
+        g = tile_gradient(
+            z, token, inside, first_column + vocab_tile * N + tl.arange(0, N), columns,
+            labels, class_weight, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform,
+            logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
         store_rounded(slab, tile * M, vocab_tile * N, g)
+
+
+@triton.jit
+def tile_gradient(
+    z, token, inside, column, columns, labels, class_weight, shard,
+    lse_base, saved_log_sum, row_target, row_soft, row_uniform, logit_scale, softcap,
+    CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of raw logits, in float32; what is past the slab is not stored."""
+    z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    label = (tl.load(labels + token, mask=inside, other=-1) - shard).to(tl.int32)
+    base = tl.load(lse_base + token, mask=inside, other=float("inf"))  # others have no probabilities
+    log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
+    target = tl.load(row_target + token, mask=inside, other=0.0)
+    soft = target
+    uniform = target
+    if SMOOTHING or Z_LOSS:
+        soft = tl.load(row_soft + token, mask=inside, other=0.0)
+    if SMOOTHING:
+        uniform = tl.load(row_uniform + token, mask=inside, other=0.0)
+    weights = class_weight
+    if CLASS_WEIGHT:
+        weights += shard
+    return logits_gradient(
+        z, column[None, :], (column < columns)[None, :], label[:, None], base[:, None],
+        log_sum[:, None], soft[:, None], target[:, None], uniform[:, None],
+        weights, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
+    )  # fmt: skip

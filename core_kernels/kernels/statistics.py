@@ -28,11 +28,10 @@ MOST_NATS = tl.constexpr(40.0)
 @triton.jit
 def project_statistics(
     x, weight, bias, class_weight, valid_tokens, valid_count, label_logit, exponentials,
-    tile_max, tile_sum, tile_smooth, tile_argmax,
-    stride_xn, stride_xh, stride_wv, stride_wh, columns, H, first_rank, ranks, first_row, programs,
-    logit_scale, softcap,
+    tile_max, tile_sum, tile_smooth, tile_argmax, columns, H, first_rank, ranks, first_row, programs,
+    logit_scale, softcap, stride_xn, stride_xh, stride_wv, stride_wh,
     KEEP: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LAYOUT: tl.constexpr,
+    BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr, LAYOUT: tl.constexpr,
     EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each of which takes every ``programs``-th tile. Statistics (vocab tiles, ranks) of each tile's
@@ -41,8 +40,8 @@ def project_statistics(
 
     With ``KEEP`` the exponentials are relative to the label's logit, and are stored, rounded, through a descriptor of
     (M, N / 2) blocks of ``exponentials``, from the ``first_row``-th on; with a softcap they are times its slope. Rows
-    to the end of the last tile are zero, or NaN where the last valid token's are. The rows of ``x`` are packed then,
-    and begin at ``first_row`` too.
+    to the end of the last tile are zero, or NaN where the last valid token's are. Rows of ``x`` that are ``PACKED``
+    begin at ``first_row`` too.
     """
     count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
     token_tiles = tl.cdiv(count, M)
@@ -52,36 +51,51 @@ def project_statistics(
         rank = tile * M + tl.arange(0, M)
         inside = rank < count
         token = tl.load(valid_tokens + first_rank + rank, mask=inside, other=0).to(tl.int64)
-        column = vocab_tile * N + tl.arange(0, N)
-        in_vocab = column < columns
         z = project(
             x, weight, bias, first_row + tile * M, token, inside, vocab_tile * N, columns, H,
-            stride_xn, stride_xh, stride_wv, stride_wh, BIAS, KEEP, LAYOUT, EVEN_K, M, N, K,
+            stride_xn, stride_xh, stride_wv, stride_wh, BIAS, PACKED, LAYOUT, EVEN_K, M, N, K,
         )  # fmt: skip
-        z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-        at = vocab_tile.to(tl.int64) * ranks + rank
-        base = tl.full([M], float("inf"), tl.float32)
-        if KEEP:
-            base = tl.load(label_logit + token, mask=inside, other=float("inf"))
-        if ARGMAX or not KEEP:
-            top = tl.max(z, 1)
-            tl.store(tile_max + at, top, mask=inside)
-            if not KEEP:
-                base = finite_or_zero(top)
-        if ARGMAX:
-            top_column = tl.min(tl.where(z == top[:, None], column[None, :], NO_COLUMN), 1)
-            tl.store(tile_argmax + at, top_column, mask=inside)
-        p = exp(z - base[:, None])
-        tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
-        if SMOOTHING:
-            w = tl.where(in_vocab, 1.0, 0.0)
-            if CLASS_WEIGHT:
-                w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
-            smooth = tl.sum(tl.where(in_vocab[None, :], w[None, :] * z, 0.0), 1)
-            tl.store(tile_smooth + at, smooth, mask=inside)
+        p, z = store_statistics(
+            z, token, inside, vocab_tile.to(tl.int64) * ranks + rank, vocab_tile * N + tl.arange(0, N), columns,
+            class_weight, label_logit, tile_max, tile_sum, tile_smooth, tile_argmax, logit_scale, softcap,
+            KEEP, ARGMAX, CLASS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
+        )  # fmt: skip
         if KEEP:
             kept = scaled_by_slope(p, z, softcap, HAS_SOFTCAP)
             store_rounded(exponentials, first_row + tile * M, vocab_tile * N, kept)
+
+
+@triton.jit
+def store_statistics(
+    z, token, inside, at, column, columns, class_weight, label_logit,
+    tile_max, tile_sum, tile_smooth, tile_argmax, logit_scale, softcap,
+    KEEP: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Store, ``at`` its place, what ``project_statistics`` learns of each row of a tile of raw logits; answer with the
+    exponentials, and with the final logits.
+    """
+    in_vocab = column < columns
+    z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    if ARGMAX or not KEEP:
+        top = tl.max(z, 1)
+        tl.store(tile_max + at, top, mask=inside)
+    if KEEP:
+        base = tl.load(label_logit + token, mask=inside, other=float("inf"))
+    else:
+        base = finite_or_zero(top)
+    if ARGMAX:
+        top_column = tl.min(tl.where(z == top[:, None], column[None, :], NO_COLUMN), 1)
+        tl.store(tile_argmax + at, top_column, mask=inside)
+    p = exp(z - base[:, None])
+    tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
+    if SMOOTHING:
+        w = tl.where(in_vocab, 1.0, 0.0)
+        if CLASS_WEIGHT:
+            w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
+        smooth = tl.sum(tl.where(in_vocab[None, :], w[None, :] * z, 0.0), 1)
+        tl.store(tile_smooth + at, smooth, mask=inside)
+    return p, z
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from core_kernels.plan import (
     LEAN_BYTES_PER_TOKEN,
     LEAN_TOKENS,
     SLAB_BYTES,
-    STATISTICS_BYTES,
+    PROJECTION_BYTES,
 )
 from core_kernels.step import KEPT_STATISTICS_BYTES, aligned
 from core_kernels.tiles import INTERPRETED
@@ -73,7 +73,7 @@ def test_a_large_problem_is_planned_within_its_slab(engine: str, memory: str) ->
     forward, backward = plan(loss, CPU), plan(loss.gradient(ALL), CPU)
     vectors = 8192 * 4 * 16  # at most sixteen numbers for each token
     logits_bytes = 8192 * 128256 * 4  # float32
-    assert nbytes(forward) <= vectors + (CPU_SLAB_BYTES if engine == "torch" else STATISTICS_BYTES)
+    assert nbytes(forward) <= vectors + (CPU_SLAB_BYTES if engine == "torch" else PROJECTION_BYTES)
     assert nbytes(forward) < logits_bytes / 50
 
     slab, rows = bytes_of(backward, "slab"), 8192 * 4096 * 4
