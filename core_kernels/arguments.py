@@ -13,6 +13,7 @@ from core_kernels.plan import Plan
 from core_kernels.tiles import Tile
 
 Tensors = Mapping[str, Tensor]
+Arguments = tuple[Any, ...]
 
 
 def class_weights(t: Tensors) -> tuple[Tensor | None, Tensor | None]:
@@ -98,29 +99,28 @@ def layout_of(weight: Tensor) -> str:
     return "strided"
 
 
-def fitting(tile: Tile, layout: str) -> Tile:
-    """The tile of a product one of whose operands has this layout."""
-    return tile.pipelined if layout == "strided" else tile
+def fitting(tile: Tile, layout: str, added_to: Tensor | None = None) -> Tile:
+    """The tile of a product one of whose operands has this layout, and whose float32 sums are ``added_to``."""
+    aligned_sums = added_to is None or added_to.stride(0) % 4 == 0
+    return tile if layout != "strided" and aligned_sums else tile.pipelined
 
 
-def kernel_for(tile: Tile, kernel: Any, by_pointers: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """``kernel`` and what else it takes to read ``by_pointers``; or its like for Hopper, which reads descriptors alone
-    and which other GPUs need not parse.
+def describe_sums(sums: Tensor | None, tile: Tile) -> Any:
+    """Float32 sums, or none, in the blocks in which such a product has them to add to."""
+    return None if sums is None else describe(sums, [tile.m, tile.n // 4], tile)
+
+
+def kernel_for(
+    tile: Tile, kernel: Any, by_pointers: Arguments, by_descriptors: Arguments = ()
+) -> tuple[Any, Arguments]:
+    """``kernel`` and what else it takes to read ``by_pointers``; or its like for Hopper, which reads ``by_descriptors``
+    alone and which other GPUs need not parse.
     """
     if not tile.specialized:
         return kernel, by_pointers
     from core_kernels.kernels import specialized
 
-    return getattr(specialized, kernel.__name__), {}
-
-
-def strides(**matrices: Tensor) -> dict[str, int]:
-    """Strides of ``x (n, h)``, of the weight ``w (v, h)`` and of its gradient ``g``, as kernels name them."""
-    return {
-        f"stride_{name}{axis}": stride
-        for name, matrix in matrices.items()
-        for axis, stride in zip("nh" if name == "x" else "vh", matrix.stride(), strict=True)
-    }
+    return getattr(specialized, kernel.__name__), by_descriptors
 
 
 def describe(matrix: Tensor, block: list[int], tile: Tile) -> Any:

@@ -53,6 +53,7 @@ class Plan:
     tiles: Tiles
     workspace: tuple[Buffer, ...]
     slab: int = 0  # vocab columns of the projected logits, or rows of given ones, that the slab holds
+    borrowed: tuple[int, ...] = ()  # columns of the first slabs, that the weight's gradient has room for until filled
     ranks: int = 0  # valid tokens whose tiles' statistics are held at a time
     chunk: int = 0  # valid tokens whose exponentials are there at a time
     strips: int = 0  # into how many strips a shard of the vocab is split
@@ -280,7 +281,8 @@ def _gradient(step: Step, tiles: Tiles) -> Plan:
             budget = SLAB_BYTES[memory] if isinstance(memory, str) else _whole_lines(memory - rest)
         held = _slab(step, tiles, budget)
         workspace.append(_slab_buffer(step, held))
-    return Plan(step, "triton", tiles, tuple(workspace), slab=held, split_tiles=split_tiles, splits=splits)
+    borrowed = () if step.keep else _borrowed(step, tiles, held)
+    return Plan(step, "triton", tiles, tuple(workspace), held, borrowed, split_tiles=split_tiles, splits=splits)
 
 
 def _first_part(tokens: int, tiles: Tiles) -> int:
@@ -341,17 +343,36 @@ def _splits(tokens: int, hidden: int, columns: int, tiles: Tiles) -> tuple[int, 
 
 
 def _slab(step: Step, tiles: Tiles, budget: int) -> int:
-    """Columns of the slab: whole tiles, of the widths that fit in ``budget`` the one that keeps the programs busiest.
+    """Columns of a slab of at most so many bytes."""
+    unit, columns = _slab_unit(tiles), step.problem.columns
+    widest = max(1, budget // max(1, step.problem.tokens * unit * step.problem.dtype.itemsize)) * unit
+    return columns if widest >= columns else _best_width(step, tiles, widest)
+
+
+def _borrowed(step: Step, tiles: Tiles, held: int) -> tuple[int, ...]:
+    """Columns of the first slabs, which lie where the last rows of the weight's gradient will, while there is room for
+    more than what is ``held`` beside it: rows that are not filled yet hold the slab.
+    """
+    n, hidden, rest, unit = step.problem.tokens, step.problem.hidden or 0, step.problem.columns, _slab_unit(tiles)
+    widths: list[int] = []
+    while "weight" in step.wanted and n:
+        widest = (rest * hidden - LINE) // (n + hidden) // unit * unit
+        width = _best_width(step, tiles, widest) if widest > held else 0
+        if width <= held:
+            break
+        widths.append(width)
+        rest -= width
+    return tuple(widths)
+
+
+def _best_width(step: Step, tiles: Tiles, widest: int) -> int:
+    """Columns of a slab: whole tiles, of the widths up to the ``widest`` the one that keeps the programs busiest.
 
     A product's time is its rounds of tiles, one a program, times what it sums over; a sum that goes on from the slab
     before is read and stored.
     """
-    problem = step.problem
+    problem, unit = step.problem, _slab_unit(tiles)
     n, hidden, columns = problem.tokens, problem.hidden or 0, problem.columns
-    unit = _slab_unit(tiles)
-    widest = min(max(1, budget // max(1, n * unit * problem.dtype.itemsize)) * unit, columns)
-    if widest == columns:
-        return columns
 
     def rounds(tile: Tile, rows: int, across: int) -> int:
         return math.ceil(math.ceil(rows / tile.m) * math.ceil(across / tile.n) / tiles.programs(tile))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import triton
@@ -12,6 +13,7 @@ from core_kernels.arguments import (
     blocks,
     class_weights,
     describe,
+    describe_sums,
     describe_weight,
     fitting,
     gradient_flags,
@@ -21,11 +23,10 @@ from core_kernels.arguments import (
     logit_options,
     loss_options,
     projection,
-    strides,
 )
 from core_kernels.kernels import products, rows, slab
 from core_kernels.launching import launching
-from core_kernels.plan import Plan
+from core_kernels.plan import LINE, Plan
 from core_kernels.triton_loss import HIDDEN_BLOCK, compact_valid_tokens, gather_rows, hidden_blocks
 
 FACTOR_BLOCK, SLOT_BLOCK = 64, 1024
@@ -60,13 +61,12 @@ def _gradient_of_kept(plan: Plan, t: Tensors) -> None:
 
 
 def _gradient_by_slabs(plan: Plan, t: Tensors) -> None:
-    tokens, columns, packed = plan.problem.tokens, plan.problem.columns, _packed_rows(t)
+    tokens, packed = plan.problem.tokens, _packed_rows(t)
     overlap = plan.tiles.overlap and "grad_x" in t and "grad_weight" in t
     compact_valid_tokens(plan, t)
     factor_rows(plan, t, 0, tokens)
     gather_rows(plan, t, packed, 0, None)
-    for first in range(0, columns, plan.slab):
-        matrix = t["slab"][:, : min(plan.slab, columns - first)]
+    for first, matrix in _slabs(plan, t):
         _slab_gradient(plan, t, packed, matrix, first)
         if "grad_bias" in t:
             _bias_gradient(t, matrix, first)
@@ -76,6 +76,20 @@ def _gradient_by_slabs(plan: Plan, t: Tensors) -> None:
             input_gradient(plan, t, matrix, t["rows"], (0, tokens), first, overlap)
     if "grad_x" in t:
         finish_rows(plan, t, t["rows"], t["grad_x"], 0, tokens, kept=False, by_token=True)
+
+
+def _slabs(plan: Plan, t: Tensors) -> Iterator[tuple[int, Tensor]]:
+    """The first column of each slab, and its place, which is the next one's too."""
+    tokens, columns, first = plan.problem.tokens, plan.problem.columns, 0
+    if plan.borrowed and t["grad_weight"].is_contiguous():
+        unfilled = t["grad_weight"].view(-1)
+        for width in plan.borrowed:
+            start = (unfilled.numel() - tokens * width) // LINE * LINE
+            yield first, unfilled[start : start + tokens * width].view(tokens, width)
+            first += width
+    while first < columns:
+        yield first, t["slab"][:, : min(plan.slab, columns - first)]
+        first += plan.slab
 
 
 def _packed_rows(t: Tensors) -> Tensor:
@@ -139,7 +153,7 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
     layout = layout_of(weight)
     tile = fitting(plan.tiles.slab, layout)
     rows_of_part = tile.m // tile.parts
-    kernel, by_pointers = kernel_for(tile, slab.slab_gradient, strides(w=weight))
+    kernel, strides = kernel_for(tile, slab.slab_gradient, weight.stride())
     launching(kernel, (plan.tiles.programs(tile),))(
         describe(packed, [rows_of_part, tile.k], tile),
         describe_weight(weight, layout, tile.n, tile.k, tile),
@@ -158,12 +172,12 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
         first,
         matrix.shape[1],
         plan.tiles.programs(tile),
+        *strides,
         SHARDED=problem.shards is not None,
         CLASS_WEIGHT=losses["CLASS_WEIGHT"],
         SMOOTHING=losses["SMOOTHING"],
         Z_LOSS=plan.options.lse_square_scale > 0,
         **logit_options(plan),
-        **by_pointers,
         **projection(plan, tile, layout),
     )
 
@@ -185,8 +199,9 @@ def weight_gradient(
     ``ranks`` are the first of the valid tokens, and how many: sums of those but the first are added.
     """
     layout = "sums" if sums else layout_of(out)
-    tile = fitting(plan.tiles.grad_weight, layout)
-    kernel, by_pointers = kernel_for(tile, products.weight_gradient, {"stride_gh": out.stride(1)})
+    added_to = out if sums and ranks[0] > 0 else None
+    tile = fitting(plan.tiles.grad_weight, layout, added_to)
+    kernel, others = kernel_for(tile, products.weight_gradient, (out.stride(1),), (describe_sums(added_to, tile),))
     launching(kernel, (plan.tiles.programs(tile),))(
         describe(matrix, [tile.k, tile.m], tile),
         describe(packed, [tile.k, tile.n], tile),
@@ -201,11 +216,11 @@ def weight_gradient(
         matrix.shape[1],
         plan.problem.hidden,
         plan.tiles.programs(tile),
+        *others,
         LABELS=label_rows is not None,
         LAYOUT=layout,
-        ADD=sums and ranks[0] > 0,
+        ADD=added_to is not None,
         OVERLAP=overlap,
-        **by_pointers,
         **blocks(tile),
     )
 
@@ -239,8 +254,9 @@ def input_gradient(
     """``matrix @ weight`` over the columns of the vocab from the ``first``, added to those before, for these ranks."""
     weight = t["weight"]
     layout = layout_of(weight)
-    tile = fitting(plan.tiles.grad_x, layout)
-    kernel, by_pointers = kernel_for(tile, products.input_gradient, strides(w=weight))
+    added_to = out if first > 0 else None
+    tile = fitting(plan.tiles.grad_x, layout, added_to)
+    kernel, others = kernel_for(tile, products.input_gradient, weight.stride(), (describe_sums(added_to, tile),))
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     launching(kernel, (plan.tiles.programs(tile),))(
         describe(matrix, [tile.m, tile.k], tile),
@@ -257,11 +273,11 @@ def input_gradient(
         plan.splits,
         plan.first_part,
         plan.tiles.programs(tile),
-        ADD=first > 0,
+        *others,
+        ADD=added_to is not None,
         SPLIT=plan.splits > 1,
         LAYOUT=layout,
         OVERLAP=overlap,
-        **by_pointers,
         **blocks(tile),
         **launch,
     )

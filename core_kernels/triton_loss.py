@@ -21,7 +21,6 @@ from core_kernels.arguments import (
     loss_options,
     metric_flags,
     projection,
-    strides,
     token_results,
 )
 from core_kernels.kernels import finish, rows, statistics, tokens
@@ -30,7 +29,7 @@ from core_kernels.launching import launching
 from core_kernels.plan import Plan
 from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 
-TOKEN_BLOCK, PARTS_BLOCK = 16, 64  # tokens that one program finishes, and parts that it reads at a time
+TOKEN_BLOCK, PARTS_BLOCK = 8, 128  # tokens that one program finishes, and parts that it reads at a time
 REDUCE_BLOCK = 1024
 LABEL_BLOCK = 64
 HIDDEN_BLOCK = 1024
@@ -67,8 +66,8 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
         tile = tile.pipelined
     parts = triton.cdiv(problem.columns, tile.n)
     rows_of_part = tile.m // tile.parts
-    by_pointers = {**strides(x=x, w=weight), "PACKED": packed is not None, "EVEN_K": even_k(plan, tile)}
-    kernel, by_pointers = kernel_for(tile, statistics.project_statistics, by_pointers)
+    kernel, strides = kernel_for(tile, statistics.project_statistics, (*x.stride(), *weight.stride()))
+    flags = {} if tile.specialized else {"PACKED": packed is not None, "EVEN_K": even_k(plan, tile)}
     for start in range(first, first + count, plan.ranks):
         ranks = min(plan.ranks, first + count - start)
         if kept is None and packed is not None:
@@ -89,12 +88,13 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
             ranks,
             0 if kept is None else start - first,
             plan.tiles.programs(tile),
-            **by_pointers,
+            *strides,
             **logit_options(plan),
             KEEP=kept is not None,
             ARGMAX=plan.options.needs_argmax,
             CLASS_WEIGHT=problem.has_class_weight,
             SMOOTHING=plan.options.label_smoothing > 0,
+            **flags,
             **projection(plan, tile, layout),
         )
         _finish_tokens(plan, t, t["label_logit"], _parts(t, "tile"), start, ranks, ranks, parts)

@@ -26,17 +26,19 @@ from core_kernels.kernels.stores import halves
 
 # Blocks lie in shared memory as the tensor cores read them, 128 bytes a row.
 BLOCK_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SUMS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 # Registers of a thread. Those of a single part, or of the first of two, are what is left.
 LOADING_REGISTERS = gl.constexpr(24)
 PART_REGISTERS = gl.constexpr(240)
 
-# Their names since Triton 3.9, and before.
-async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+# Triton 3.9 has new names.
+RENAMED = gl.constexpr(hasattr(tma, "async_load"))
+async_load = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
+async_store = tma.async_store if RENAMED.value else tma.async_copy_shared_to_global
 
 
 def describe_block(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, block, BLOCK_LAYOUT)
+    return TensorDescriptor.from_tensor(matrix, block, BLOCK_LAYOUT if matrix.itemsize == 2 else SUMS_LAYOUT.value)
 
 
 @gluon.jit
@@ -175,24 +177,59 @@ def store_tile(matrix, buffer, row, column, tile, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
-def store_rows(matrix, row, inside, first_column, tile, columns, stride, ADD: gl.constexpr):
-    """Store a float32 tile into the rows of a row-major matrix that are ``inside``, added to what is there if ``ADD``.
+def store_rows(matrix, row, inside, first_column, tile, columns, stride):
+    """Store a float32 tile into the rows of a row-major matrix that are ``inside``.
 
-    By pointers, as the registers hold it: in pieces of 32 bytes, which is what memory transfers. To be added, a quarter
-    of a 128 x 256 tile at a time: registers hold no more beside it.
+    By pointers, as the registers hold it: in pieces of 32 bytes, which is what memory transfers.
     """
-    COLUMNS: gl.constexpr = tile.shape[1]
-    if ADD and tile.shape[0] * COLUMNS > 128 * 64:
-        left, right = halves(tile)
-        store_rows(matrix, row, inside, first_column, left, columns, stride, ADD)
-        store_rows(matrix, row, inside, first_column + COLUMNS // 2, right, columns, stride, ADD)
+    layout: gl.constexpr = tile.type.layout
+    column = first_column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
+    row = gl.convert_layout(row, gl.SliceLayout(1, layout))
+    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout))
+    at = matrix + row.to(gl.int64)[:, None] * stride + column[None, :]
+    gl.store(at, tile, mask=inside[:, None] & (column < columns)[None, :])
+
+
+@gluon.jit
+def as_sums(ring, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
+    """The blocks of the ring's larger operand, for a quarter of the columns of an (M, N) tile in float32: as large."""
+    blocks = ring[0] if M > N else ring[1]
+    if RENAMED:
+        sums = blocks.reinterpret(gl.float32, [STAGES, M, N // 4], SUMS_LAYOUT)
     else:
-        layout: gl.constexpr = tile.type.layout
-        column = first_column + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-        row = gl.convert_layout(row, gl.SliceLayout(1, layout))
-        inside = gl.convert_layout(inside, gl.SliceLayout(1, layout))
-        at = matrix + row.to(gl.int64)[:, None] * stride + column[None, :]
-        mask = inside[:, None] & (column < columns)[None, :]
-        if ADD:
-            tile += gl.load(at, mask=mask, other=0.0)
-        gl.store(at, tile, mask=mask)
+        sums = blocks._reinterpret(gl.float32, [STAGES, M, N // 4], SUMS_LAYOUT)
+    return sums
+
+
+@gluon.jit
+def load_sums(
+    sums, ring, row, column, stage, phase, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Load a tile of ``sums``, a descriptor of (M, N / 4) blocks, through four stages of the ring."""
+    blocks, loaded, free = as_sums(ring, M, N, STAGES), ring[2], ring[3]
+    for quarter in gl.static_range(4):
+        mbarrier.wait(free.index(stage), phase)
+        mbarrier.expect(loaded.index(stage), sums.block_type.nbytes)
+        async_load(sums, [row, column + quarter * (N // 4)], loaded.index(stage), blocks.index(stage))
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def add_rows(
+    matrix, ring, row, inside, first_column, tile, columns, stride, stage, phase,
+    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Store a tile as ``store_rows`` does, added to what ``load_sums`` brings."""
+    blocks, loaded, free = as_sums(ring, M, N, STAGES), ring[2], ring[3]
+    left, right = halves(tile)
+    for quarter in gl.static_range(4):
+        quarters = halves(left if quarter < 2 else right)
+        total = quarters[quarter % 2]
+        mbarrier.wait(loaded.index(stage), phase)
+        total += blocks.index(stage).load(total.type.layout)
+        fence_async_shared()  # read before it is loaded into again
+        mbarrier.arrive(free.index(stage), count=1)
+        store_rows(matrix, row, inside, first_column + quarter * (N // 4), total, columns, stride)
+        stage, phase = advance(stage, phase, STAGES)
+    return stage, phase

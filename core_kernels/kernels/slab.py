@@ -12,7 +12,7 @@ from core_kernels.kernels.stores import store_rounded
 def slab_gradient(
     packed_x, weight, bias, labels, class_weight, first_class, valid_tokens, valid_count,
     lse_base, saved_log_sum, row_target, row_soft, row_uniform, slab,
-    columns, H, first_column, slab_columns, programs, logit_scale, softcap, stride_wv, stride_wh,
+    columns, H, first_column, slab_columns, programs, stride_wv, stride_wh, logit_scale, softcap,
     SHARDED: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, LAYOUT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,

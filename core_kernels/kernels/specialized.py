@@ -10,6 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.extra import cuda
 
 from core_kernels.kernels.hopper import (
+    add_rows,
+    load_sums,
     load_tile,
     make_buffers,
     make_ring,
@@ -177,7 +179,7 @@ def slab_gradient(
 
 @gluon.jit
 def load_for_weight(
-    matrix, packed_x, ring, count, vocab_tiles, hidden_tiles, programs,
+    matrix, packed_x, sums, ring, first_column, count, vocab_tiles, hidden_tiles, programs, ADD: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
@@ -188,6 +190,10 @@ def load_for_weight(
             matrix, packed_x, ring, tile * M, hidden_tile * N, 0, 0, gl.cdiv(count, K), stage, phase,
             True, True, K, STAGES, PARTS,
         )  # fmt: skip
+        if ADD:
+            stage, phase = load_sums(
+                sums, ring, first_column + tile * M, hidden_tile * N, stage, phase, M, N, STAGES
+            )
 
 
 @gluon.jit
@@ -209,11 +215,15 @@ def take_weight_gradient(
         if LABELS:
             slot = gl.load(label_slot + row, mask=row < columns, other=NO_SLOT)
             if gl.min(slot, 0) < NO_SLOT:
-                store_rows(label_rows, slot, slot < NO_SLOT, hidden_tile * N, total, H, rows_stride, False)
+                store_rows(label_rows, slot, slot < NO_SLOT, hidden_tile * N, total, H, rows_stride)
         if LAYOUT == "sums":
-            store_rows(
-                grad_weight, first_column + row, row < columns, hidden_tile * N, total, H, stride_gv, ADD
-            )
+            if ADD:
+                stage, phase = add_rows(
+                    grad_weight, ring, first_column + row, row < columns, hidden_tile * N, total, H, stride_gv,
+                    stage, phase, M, N, STAGES,
+                )  # fmt: skip
+            else:
+                store_rows(grad_weight, first_column + row, row < columns, hidden_tile * N, total, H, stride_gv)
         else:
             store_tile(
                 grad_weight, buffers.index(PART), first_column + first, hidden_tile * N, total, LAYOUT == "hv"
@@ -225,11 +235,11 @@ def take_weight_gradient(
 @gluon.jit
 def weight_gradient(
     matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, rows_stride, stride_gv,
-    first_rank, ranks, first_column, columns, H, programs,
+    first_rank, ranks, first_column, columns, H, programs, sums,
     LABELS: gl.constexpr, LAYOUT: gl.constexpr, ADD: gl.constexpr, OVERLAP: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As ``products.weight_gradient``."""
+    """As ``products.weight_gradient``; ``sums``, for what is to ``ADD``, is ``grad_weight`` in (M, N / 4) blocks."""
     if OVERLAP:
         cuda.gdc_launch_dependents()
     ring = make_ring(matrix, packed_x, STAGES, PARTS)
@@ -247,38 +257,43 @@ def weight_gradient(
             LABELS, LAYOUT, ADD, M, N, K, GROUP, STAGES, PARTS,
         ),
         load_for_weight,
-        (matrix, packed_x, ring, count, vocab_tiles, hidden_tiles, programs, M, N, K, GROUP, STAGES, PARTS),
+        (
+            matrix, packed_x, sums, ring, first_column, count, vocab_tiles, hidden_tiles, programs, ADD,
+            M, N, K, GROUP, STAGES, PARTS,
+        ),
         PARTS,
     )  # fmt: skip
 
 
 @gluon.jit
 def load_for_input(
-    matrix, weight, ring, first_column, columns, split_tiles, splits, first_part, token_tiles, hidden_tiles, sums,
-    programs, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
+    matrix, weight, sums, ring, first_column, columns, split_tiles, splits, first_part, token_tiles, hidden_tiles,
+    count, programs, ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
-    for index in range(gl.program_id(0), sums, programs):
-        tile, hidden_tile, _, begin, end = find_sum(
+    for index in range(gl.program_id(0), count, programs):
+        tile, hidden_tile, row, begin, end = find_sum(
             index, token_tiles, hidden_tiles, columns, split_tiles, splits, first_part, SPLIT, M, K, GROUP
         )
         stage, phase = load_tile(
             matrix, weight, ring, tile * M, hidden_tile * N, begin, first_column + begin, gl.cdiv(end - begin, K),
             stage, phase, False, LAYOUT == "vh", K, STAGES, PARTS,
         )  # fmt: skip
+        if ADD:
+            stage, phase = load_sums(sums, ring, row, hidden_tile * N, stage, phase, M, N, STAGES)
 
 
 @gluon.jit
 def take_input_gradient(
     PART: gl.constexpr, ring, rows, rows_end, rows_stride, columns, H, split_tiles, splits, first_part,
-    token_tiles, hidden_tiles, sums, programs, ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
+    token_tiles, hidden_tiles, count, programs, ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
-    for index in range(gl.program_id(0), sums, programs):
+    for index in range(gl.program_id(0), count, programs):
         _, hidden_tile, first, begin, end = find_sum(
             index, token_tiles, hidden_tiles, columns, split_tiles, splits, first_part, SPLIT, M, K, GROUP
         )
@@ -286,32 +301,36 @@ def take_input_gradient(
             ring, gl.cdiv(end - begin, K), stage, phase, PART, False, LAYOUT == "vh", M, N, STAGES, PARTS
         )
         row = first + PART * (M // PARTS) + rows_and_columns(total)[0]
-        store_rows(rows, row, row < rows_end, hidden_tile * N, total, H, rows_stride, ADD)
+        if ADD:
+            stage, phase = add_rows(
+                rows, ring, row, row < rows_end, hidden_tile * N, total, H, rows_stride, stage, phase, M, N, STAGES
+            )
+        else:
+            store_rows(rows, row, row < rows_end, hidden_tile * N, total, H, rows_stride)
 
 
 @gluon.jit
 def input_gradient(
     matrix, weight, rows, valid_count, rows_end, rows_stride,
-    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs,
+    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs, sums,
     ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr, OVERLAP: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As ``products.input_gradient``."""
+    """As ``products.input_gradient``; ``sums``, for what is to ``ADD``, is ``rows`` in (M, N / 4) blocks."""
     ring = make_ring(matrix, weight, STAGES, PARTS)
-    count = gl.maximum(gl.minimum(gl.load(valid_count) - first_rank, ranks), 0)
-    token_tiles = gl.cdiv(count, M)
+    token_tiles = gl.cdiv(gl.maximum(gl.minimum(gl.load(valid_count) - first_rank, ranks), 0), M)
     hidden_tiles = gl.cdiv(H, N)
-    sums = count_sums(token_tiles, hidden_tiles, split_tiles, splits, SPLIT)
+    count = count_sums(token_tiles, hidden_tiles, split_tiles, splits, SPLIT)
     specialize(
         take_input_gradient,
         (
             ring, rows, rows_end, rows_stride, columns, H, split_tiles, splits, first_part,
-            token_tiles, hidden_tiles, sums, programs, ADD, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
+            token_tiles, hidden_tiles, count, programs, ADD, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
         ),
         load_for_input,
         (
-            matrix, weight, ring, first_column, columns, split_tiles, splits, first_part, token_tiles, hidden_tiles,
-            sums, programs, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
+            matrix, weight, sums, ring, first_column, columns, split_tiles, splits, first_part,
+            token_tiles, hidden_tiles, count, programs, ADD, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
         ),
         PARTS,
     )  # fmt: skip

@@ -29,7 +29,7 @@ MOST_NATS = tl.constexpr(40.0)
 def project_statistics(
     x, weight, bias, class_weight, valid_tokens, valid_count, label_logit, exponentials,
     tile_max, tile_sum, tile_smooth, tile_argmax, columns, H, first_rank, ranks, first_row, programs,
-    logit_scale, softcap, stride_xn, stride_xh, stride_wv, stride_wh,
+    stride_xn, stride_xh, stride_wv, stride_wh, logit_scale, softcap,
     KEEP: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
     BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr, LAYOUT: tl.constexpr,
     EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
