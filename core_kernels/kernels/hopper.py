@@ -69,6 +69,12 @@ def specialize(multiply: gl.constexpr, multiplied, load: gl.constexpr, loaded, P
         )
 
 
+@gluon.constexpr_function
+def tile_layout(N, PARTS):
+    """How the registers of the warps of one part hold its rows of a tile of N columns."""
+    return gl.NVMMADistributedLayout([3, 0], [8 // PARTS, 1], [16, N, 16])
+
+
 @gluon.jit
 def make_ring(a, b, STAGES: gl.constexpr, PARTS: gl.constexpr):
     """A ring of ``STAGES`` for the blocks of the descriptors ``a``, in parts, and ``b``."""
@@ -133,8 +139,7 @@ def multiply_tile(
 ):  # fmt: skip
     """The sum of the products of so many blocks, in float32: ``PART`` of an (M, N) tile. The first phase is 0."""
     a_blocks, b_blocks, loaded, free = ring
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // PARTS, 1], [16, N, 16])
-    total = gl.zeros([M // PARTS, N], gl.float32, layout)
+    total = gl.zeros([M // PARTS, N], gl.float32, tile_layout(N, PARTS))
     for step in range(steps):
         mbarrier.wait(loaded.index(stage), phase)
         a = a_blocks.index(stage * PARTS + PART)
@@ -153,27 +158,40 @@ def multiply_tile(
 
 
 @gluon.jit
-def rows_and_columns(tile):
-    """Indices of the rows and of the columns of a tile, as its registers hold them."""
-    rows = gl.arange(0, tile.shape[0], gl.SliceLayout(1, tile.type.layout))
-    return rows, gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
+def rows_of(PART: gl.constexpr, M: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr):
+    """Indices of the rows of a part of an (M, N) tile, as its registers hold them."""
+    return PART * (M // PARTS) + gl.arange(0, M // PARTS, gl.SliceLayout(1, tile_layout(N, PARTS)))
+
+
+@gluon.jit
+def columns_of(tile):
+    return gl.arange(0, tile.shape[1], gl.SliceLayout(0, tile.type.layout))
+
+
+@gluon.jit
+def of_rows(values, tile):
+    """Values, one a row, as the registers of ``tile`` hold its rows."""
+    return gl.convert_layout(values, gl.SliceLayout(1, tile.type.layout))
+
+
+@gluon.jit
+def store_half(matrix, buffer, row, column, half, TRANSPOSED: gl.constexpr):
+    """Store half of a float32 tile, rounded, through a descriptor of its size and a ``buffer``.
+
+    Waits until the buffer is read by the store before, and not for this one: the kernel's end must.
+    """
+    rounded = round_to(half, matrix.dtype)
+    tma.store_wait(pendings=0)
+    buffer.store(rounded.permute(1, 0) if TRANSPOSED else rounded)
+    fence_async_shared()
+    async_store(matrix, [column, row] if TRANSPOSED else [row, column], buffer)
 
 
 @gluon.jit
 def store_tile(matrix, buffer, row, column, tile, TRANSPOSED: gl.constexpr):
-    """Store a float32 tile, rounded, through a descriptor of half of its columns and a ``buffer`` of that size.
-
-    Does not wait for the second half: the next store does, and the kernel's end must.
-    """
-    HALF: gl.constexpr = tile.shape[1] // 2
     left, right = halves(tile)
-    for side in gl.static_range(2):
-        half = round_to(left if side == 0 else right, matrix.dtype)
-        at = column + side * HALF
-        tma.store_wait(pendings=0)
-        buffer.store(half.permute(1, 0) if TRANSPOSED else half)
-        fence_async_shared()
-        async_store(matrix, [at, row] if TRANSPOSED else [row, at], buffer)
+    store_half(matrix, buffer, row, column, left, TRANSPOSED)
+    store_half(matrix, buffer, row, column + tile.shape[1] // 2, right, TRANSPOSED)
 
 
 @gluon.jit
@@ -182,12 +200,9 @@ def store_rows(matrix, row, inside, first_column, tile, columns, stride):
 
     By pointers, as the registers hold it: in pieces of 32 bytes, which is what memory transfers.
     """
-    layout: gl.constexpr = tile.type.layout
-    column = first_column + gl.arange(0, tile.shape[1], gl.SliceLayout(0, layout))
-    row = gl.convert_layout(row, gl.SliceLayout(1, layout))
-    inside = gl.convert_layout(inside, gl.SliceLayout(1, layout))
-    at = matrix + row.to(gl.int64)[:, None] * stride + column[None, :]
-    gl.store(at, tile, mask=inside[:, None] & (column < columns)[None, :])
+    column = first_column + columns_of(tile)
+    at = matrix + of_rows(row, tile).to(gl.int64)[:, None] * stride + column[None, :]
+    gl.store(at, tile, mask=of_rows(inside, tile)[:, None] & (column < columns)[None, :])
 
 
 @gluon.jit

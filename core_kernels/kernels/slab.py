@@ -37,23 +37,22 @@ def slab_gradient(
             packed_x, weight, bias, tile * M, token, inside, first_column + vocab_tile * N, columns, H,
             0, 0, stride_wv, stride_wh, BIAS, True, LAYOUT, True, M, N, K,
         )  # fmt: skip
+        rows = load_rows(
+            token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform, SMOOTHING, Z_LOSS
+        )
         g = tile_gradient(
-            z, token, inside, first_column + vocab_tile * N + tl.arange(0, N), columns,
-            labels, class_weight, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform,
+            z, rows, first_column + vocab_tile * N + tl.arange(0, N), columns, class_weight, shard,
             logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
         store_rounded(slab, tile * M, vocab_tile * N, g)
 
 
 @triton.jit
-def tile_gradient(
-    z, token, inside, column, columns, labels, class_weight, shard,
-    lse_base, saved_log_sum, row_target, row_soft, row_uniform, logit_scale, softcap,
-    CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+def load_rows(
+    token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform,
+    SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of raw logits, in float32; what is past the slab is not stored."""
-    z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+    """What the gradient of a row of logits takes of its token."""
     label = (tl.load(labels + token, mask=inside, other=-1) - shard).to(tl.int32)
     base = tl.load(lse_base + token, mask=inside, other=float("inf"))  # others have no probabilities
     log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
@@ -64,6 +63,18 @@ def tile_gradient(
         soft = tl.load(row_soft + token, mask=inside, other=0.0)
     if SMOOTHING:
         uniform = tl.load(row_uniform + token, mask=inside, other=0.0)
+    return label, base, log_sum, soft, target, uniform
+
+
+@triton.jit
+def tile_gradient(
+    z, rows, column, columns, class_weight, shard, logit_scale, softcap,
+    CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of raw logits, in float32; what is past the slab is not stored."""
+    label, base, log_sum, soft, target, uniform = rows
+    z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     weights = class_weight
     if CLASS_WEIGHT:
         weights += shard

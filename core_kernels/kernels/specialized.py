@@ -11,21 +11,25 @@ from triton.language.extra import cuda
 
 from core_kernels.kernels.hopper import (
     add_rows,
+    columns_of,
     load_sums,
     load_tile,
     make_buffers,
     make_ring,
     multiply_tile,
-    rows_and_columns,
+    of_rows,
+    rows_of,
     specialize,
+    store_half,
     store_rows,
     store_tile,
 )
+from core_kernels.kernels.logits import cap_logits, exp, finite_or_zero
 from core_kernels.kernels.products import count_sums, find_sum
 from core_kernels.kernels.projection import add_bias, grouped_tile
-from core_kernels.kernels.slab import tile_gradient
-from core_kernels.kernels.statistics import scaled_by_slope, store_statistics
-from core_kernels.kernels.stores import NO_SLOT
+from core_kernels.kernels.slab import load_rows, tile_gradient
+from core_kernels.kernels.statistics import column_of, scaled_by_slope, store_smooth
+from core_kernels.kernels.stores import NO_SLOT, halves
 
 
 @gluon.jit
@@ -57,25 +61,44 @@ def take_statistics(
     phase = 0
     for index in range(gl.program_id(0), token_tiles * vocab_tiles, programs):
         tile, vocab_tile = grouped_tile(index, token_tiles, vocab_tiles, GROUP)
+        first = tile * M
+        rank = first + rows_of(PART, M, N, PARTS)
+        inside = rank < count
+        token = gl.load(valid_tokens + first_rank + rank, mask=inside, other=0).to(gl.int64)
+        if KEEP:  # asked for before it is needed
+            base = gl.load(label_logit + token, mask=inside, other=float("inf"))
         z, stage, phase = multiply_tile(
             ring, gl.cdiv(H, K), stage, phase, PART, False, LAYOUT == "hv", M, N, STAGES, PARTS
         )
-        row, column = rows_and_columns(z)
-        first = tile * M + PART * (M // PARTS)
-        rank = first + row
-        column = vocab_tile * N + column
-        inside = rank < count
-        token = gl.load(valid_tokens + first_rank + rank, mask=inside, other=0).to(gl.int64)
+        column = vocab_tile * N + columns_of(z)
         if BIAS:
             z = add_bias(z, bias, column, columns)
-        p, z = store_statistics(
-            z, token, inside, vocab_tile.to(gl.int64) * ranks + rank, column, columns,
-            class_weight, label_logit, tile_max, tile_sum, tile_smooth, tile_argmax, logit_scale, softcap,
-            KEEP, ARGMAX, CLASS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
-        )  # fmt: skip
+        z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        if (vocab_tile + 1) * N > columns:
+            z = gl.where((column < columns)[None, :], z, float("-inf"))
+        at = vocab_tile.to(gl.int64) * ranks + rank
+        if ARGMAX or not KEEP:
+            top = gl.max(z, 1)
+            gl.store(tile_max + at, top, mask=inside)
+        if ARGMAX:
+            gl.store(tile_argmax + at, column_of(z, top, column), mask=inside)
+        if SMOOTHING:
+            store_smooth(z, at, inside, column, column < columns, class_weight, tile_smooth, CLASS_WEIGHT)
         if KEEP:
-            kept = scaled_by_slope(p, z, softcap, HAS_SOFTCAP)
-            store_tile(exponentials, buffers.index(PART), first_row + first, vocab_tile * N, kept, False)
+            total = gl.zeros_like(base)
+            parts = halves(z)
+            for side in gl.static_range(2):  # the second is worked on while the first is stored
+                half = parts[side]
+                p = exp(half - of_rows(base, half)[:, None])
+                total += of_rows(gl.sum(p, 1), z)
+                kept = scaled_by_slope(p, half, softcap, HAS_SOFTCAP)
+                at_column = vocab_tile * N + side * (N // 2)
+                store_half(
+                    exponentials, buffers.index(PART), first_row + first + PART * (M // PARTS), at_column, kept, False
+                )
+        else:
+            total = gl.sum(exp(z - finite_or_zero(top)[:, None]), 1)
+        gl.store(tile_sum + at, total, mask=inside)
     if KEEP:
         tma.store_wait(pendings=0)
 
@@ -113,6 +136,15 @@ def project_statistics(
 
 
 @gluon.jit
+def rows_as_held(rows, tile):
+    label, base, log_sum, soft, target, uniform = rows
+    return (
+        of_rows(label, tile), of_rows(base, tile), of_rows(log_sum, tile),
+        of_rows(soft, tile), of_rows(target, tile), of_rows(uniform, tile),
+    )  # fmt: skip
+
+
+@gluon.jit
 def take_gradient(
     PART: gl.constexpr, ring, buffers, bias, labels, class_weight, shard, valid_tokens,
     lse_base, saved_log_sum, row_target, row_soft, row_uniform, slab,
@@ -125,22 +157,28 @@ def take_gradient(
     phase = 0
     for index in range(gl.program_id(0), token_tiles * vocab_tiles, programs):
         tile, vocab_tile = grouped_tile(index, token_tiles, vocab_tiles, GROUP)
+        first = tile * M
+        rank = first + rows_of(PART, M, N, PARTS)
+        inside = rank < count
+        token = gl.load(valid_tokens + rank, mask=inside, other=0).to(gl.int64)
+        rows = load_rows(  # asked for before it is needed
+            token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform, SMOOTHING, Z_LOSS
+        )
         z, stage, phase = multiply_tile(
             ring, gl.cdiv(H, K), stage, phase, PART, False, LAYOUT == "hv", M, N, STAGES, PARTS
         )
-        row, column = rows_and_columns(z)
-        first = tile * M + PART * (M // PARTS)
-        column = first_column + vocab_tile * N + column
-        inside = first + row < count
-        token = gl.load(valid_tokens + first + row, mask=inside, other=0).to(gl.int64)
-        if BIAS:
-            z = add_bias(z, bias, column, columns)
-        g = tile_gradient(
-            z, token, inside, column, columns,
-            labels, class_weight, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform,
-            logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
-        )  # fmt: skip
-        store_tile(slab, buffers.index(PART), first, vocab_tile * N, g, False)
+        parts = halves(z)
+        for side in gl.static_range(2):  # the second is worked on while the first is stored
+            half = parts[side]
+            at_column = vocab_tile * N + side * (N // 2)
+            column = first_column + at_column + columns_of(half)
+            if BIAS:
+                half = add_bias(half, bias, column, columns)
+            g = tile_gradient(
+                half, rows_as_held(rows, half), column, columns, class_weight, shard,
+                logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
+            )  # fmt: skip
+            store_half(slab, buffers.index(PART), first + PART * (M // PARTS), at_column, g, False)
     tma.store_wait(pendings=0)
 
 
@@ -210,8 +248,7 @@ def take_weight_gradient(
         total, stage, phase = multiply_tile(
             ring, gl.cdiv(count, K), stage, phase, PART, True, True, M, N, STAGES, PARTS
         )
-        first = tile * M + PART * (M // PARTS)
-        row = first + rows_and_columns(total)[0]
+        row = tile * M + rows_of(PART, M, N, PARTS)
         if LABELS:
             slot = gl.load(label_slot + row, mask=row < columns, other=NO_SLOT)
             if gl.min(slot, 0) < NO_SLOT:
@@ -226,7 +263,7 @@ def take_weight_gradient(
                 store_rows(grad_weight, first_column + row, row < columns, hidden_tile * N, total, H, stride_gv)
         else:
             store_tile(
-                grad_weight, buffers.index(PART), first_column + first, hidden_tile * N, total, LAYOUT == "hv"
+                grad_weight, buffers.index(PART), first_column + tile * M, hidden_tile * N, total, LAYOUT == "hv"
             )
     if LAYOUT != "sums":
         tma.store_wait(pendings=0)
@@ -300,7 +337,7 @@ def take_input_gradient(
         total, stage, phase = multiply_tile(
             ring, gl.cdiv(end - begin, K), stage, phase, PART, False, LAYOUT == "vh", M, N, STAGES, PARTS
         )
-        row = first + PART * (M // PARTS) + rows_and_columns(total)[0]
+        row = first + rows_of(PART, M, N, PARTS)
         if ADD:
             stage, phase = add_rows(
                 rows, ring, row, row < rows_end, hidden_tile * N, total, H, rows_stride, stage, phase, M, N, STAGES

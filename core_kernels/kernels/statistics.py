@@ -55,47 +55,42 @@ def project_statistics(
             x, weight, bias, first_row + tile * M, token, inside, vocab_tile * N, columns, H,
             stride_xn, stride_xh, stride_wv, stride_wh, BIAS, PACKED, LAYOUT, EVEN_K, M, N, K,
         )  # fmt: skip
-        p, z = store_statistics(
-            z, token, inside, vocab_tile.to(tl.int64) * ranks + rank, vocab_tile * N + tl.arange(0, N), columns,
-            class_weight, label_logit, tile_max, tile_sum, tile_smooth, tile_argmax, logit_scale, softcap,
-            KEEP, ARGMAX, CLASS_WEIGHT, SMOOTHING, HAS_SCALE, HAS_SOFTCAP,
-        )  # fmt: skip
+        column = vocab_tile * N + tl.arange(0, N)
+        in_vocab = column < columns
+        z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+        at = vocab_tile.to(tl.int64) * ranks + rank
+        base = tl.full([M], float("inf"), tl.float32)
+        if KEEP:
+            base = tl.load(label_logit + token, mask=inside, other=float("inf"))
+        if ARGMAX or not KEEP:
+            top = tl.max(z, 1)
+            tl.store(tile_max + at, top, mask=inside)
+            if not KEEP:
+                base = finite_or_zero(top)
+        if ARGMAX:
+            tl.store(tile_argmax + at, column_of(z, top, column), mask=inside)
+        p = exp(z - base[:, None])
+        tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
+        if SMOOTHING:
+            store_smooth(z, at, inside, column, in_vocab, class_weight, tile_smooth, CLASS_WEIGHT)
         if KEEP:
             kept = scaled_by_slope(p, z, softcap, HAS_SOFTCAP)
             store_rounded(exponentials, first_row + tile * M, vocab_tile * N, kept)
 
 
 @triton.jit
-def store_statistics(
-    z, token, inside, at, column, columns, class_weight, label_logit,
-    tile_max, tile_sum, tile_smooth, tile_argmax, logit_scale, softcap,
-    KEEP: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """Store, ``at`` its place, what ``project_statistics`` learns of each row of a tile of raw logits; answer with the
-    exponentials, and with the final logits.
-    """
-    in_vocab = column < columns
-    z = final_logits(z, in_vocab[None, :], logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-    if ARGMAX or not KEEP:
-        top = tl.max(z, 1)
-        tl.store(tile_max + at, top, mask=inside)
-    if KEEP:
-        base = tl.load(label_logit + token, mask=inside, other=float("inf"))
-    else:
-        base = finite_or_zero(top)
-    if ARGMAX:
-        top_column = tl.min(tl.where(z == top[:, None], column[None, :], NO_COLUMN), 1)
-        tl.store(tile_argmax + at, top_column, mask=inside)
-    p = exp(z - base[:, None])
-    tl.store(tile_sum + at, tl.sum(p, 1), mask=inside)
-    if SMOOTHING:
-        w = tl.where(in_vocab, 1.0, 0.0)
-        if CLASS_WEIGHT:
-            w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
-        smooth = tl.sum(tl.where(in_vocab[None, :], w[None, :] * z, 0.0), 1)
-        tl.store(tile_smooth + at, smooth, mask=inside)
-    return p, z
+def column_of(z, top, column):
+    """The first column of each row where it has its maximum."""
+    return tl.min(tl.where(z == top[:, None], column[None, :], NO_COLUMN), 1)
+
+
+@triton.jit
+def store_smooth(z, at, inside, column, in_vocab, class_weight, tile_smooth, CLASS_WEIGHT: tl.constexpr):
+    w = tl.where(in_vocab, 1.0, 0.0)
+    if CLASS_WEIGHT:
+        w = tl.load(class_weight + column, mask=in_vocab, other=0.0).to(tl.float32)
+    smooth = tl.sum(tl.where(in_vocab[None, :], w[None, :] * z, 0.0), 1)
+    tl.store(tile_smooth + at, smooth, mask=inside)
 
 
 @triton.jit
