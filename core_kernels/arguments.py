@@ -10,7 +10,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from core_kernels.notices import say_once
 from core_kernels.plan import Plan
-from core_kernels.tiles import Tile
+from core_kernels.tiles import Tile, can_specialize
+
+if can_specialize():  # here and not where it is first used: parsing in two threads can crash CPython
+    from core_kernels.kernels import hopper, specialized
 
 Tensors = Mapping[str, Tensor]
 Arguments = tuple[Any, ...]
@@ -106,30 +109,22 @@ def fitting(tile: Tile, layout: str, added_to: Tensor | None = None) -> Tile:
 
 
 def describe_sums(sums: Tensor | None, tile: Tile) -> Any:
-    """Float32 sums, or none, in the blocks in which such a product has them to add to."""
-    return None if sums is None else describe(sums, [tile.m, tile.n // 4], tile)
+    """Float32 sums, or none, in the blocks in which a product by warps that specialise has them to add to."""
+    return describe(sums, [tile.m, tile.n // 4], tile) if sums is not None and tile.specialized else None
 
 
 def kernel_for(
     tile: Tile, kernel: Any, by_pointers: Arguments, by_descriptors: Arguments = ()
 ) -> tuple[Any, Arguments]:
     """``kernel`` and what else it takes to read ``by_pointers``; or its like for Hopper, which reads ``by_descriptors``
-    alone and which other GPUs need not parse.
+    alone.
     """
-    if not tile.specialized:
-        return kernel, by_pointers
-    from core_kernels.kernels import specialized
-
-    return getattr(specialized, kernel.__name__), by_descriptors
+    return (getattr(specialized, kernel.__name__), by_descriptors) if tile.specialized else (kernel, by_pointers)
 
 
 def describe(matrix: Tensor, block: list[int], tile: Tile) -> Any:
     """A descriptor of blocks of ``matrix``, for a product of such a tile."""
-    if tile.specialized:
-        from core_kernels.kernels.hopper import describe_block
-
-        return describe_block(matrix, block)
-    return TensorDescriptor.from_tensor(matrix, block)
+    return (hopper.describe_block if tile.specialized else TensorDescriptor.from_tensor)(matrix, block)
 
 
 def describe_weight(weight: Tensor, layout: str, columns: int, hidden: int, tile: Tile) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, replace
-from importlib import metadata, resources
+from importlib import resources
 from typing import Any
 
 import torch
@@ -117,11 +117,12 @@ def choose_tiles(device: torch.device, dtype: torch.dtype, hidden: int | None) -
     return Tiles(**tiles, **rows, processors=processors, overlap=capability >= 9)
 
 
-@functools.cache
 def can_specialize() -> bool:
     """Whether this Triton has what ``kernels/hopper.py`` is written in."""
-    major, minor = metadata.version("triton").split(".")[:2]
-    return (int(major), int(minor)) >= (3, 6)
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return torch.version.hip is None and (int(major), int(minor)) >= (3, 6)
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from core_kernels.plan import (
     LEAN_BYTES,
     LEAN_BYTES_PER_TOKEN,
     LEAN_TOKENS,
-    SLAB_BYTES,
+    LINE,
     PROJECTION_BYTES,
+    SLAB_BYTES,
 )
 from core_kernels.step import KEPT_STATISTICS_BYTES, aligned
 from core_kernels.tiles import INTERPRETED
@@ -251,3 +252,25 @@ def test_the_least_memory_of_the_gradient_is_named_and_is_enough(engine: str) ->
     assert (backward.workspace_bytes, backward.slab) == (least, INTERPRETED.slab.n)
     with pytest.raises(ValueError, match=f"^memory={least - 1} bytes are too few: this call needs at least {least}$"):
         plan(replace(loss, memory=least - 1), CPU)
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "vocab"), [(8192, 4096, 128256), (8192, 2304, 256000), (3, 5, 1000)])
+def test_the_first_slabs_lie_where_no_row_of_the_weight_s_gradient_is_filled_yet(
+    every_tiling: None, tokens: int, hidden: int, vocab: int
+) -> None:
+    loss = Step("loss", linear(tokens, hidden, vocab), PLAIN, memory="lean")
+    planned = plan(loss.gradient(("x", "weight")), torch.device("cpu"))
+    first = 0
+    for columns in planned.borrowed:
+        assert columns > planned.slab
+        assert columns % planned.tiles.grad_weight.m == 0
+        start = (vocab * hidden - tokens * columns) // LINE * LINE
+        assert start >= (first + columns) * hidden
+        first += columns
+    assert first < vocab or planned.borrowed == ()
+
+
+def test_without_the_weight_s_gradient_no_slab_lies_in_it(every_tiling: None) -> None:
+    loss = Step("loss", linear(8192, 4096, 128256), PLAIN, memory="lean")
+    assert plan(loss.gradient(("x",)), torch.device("cpu")).borrowed == ()
+    assert plan(loss.gradient(("x", "weight")), torch.device("cpu")).borrowed
