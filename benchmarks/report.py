@@ -195,7 +195,7 @@ def report(results: dict, root: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "h200.json")
+    parser.add_argument("results", type=Path, nargs="?", default=ROOT / "benchmarks" / "results" / "h100.json")
     parser.add_argument("--root", type=Path, default=ROOT, help="folder whose pages and plots are written")
     arguments = parser.parse_args()
     report(json.loads(arguments.results.read_text()), arguments.root)
