@@ -39,6 +39,7 @@ KERNELS = {
     "grad_weight": ("weight_gradient", ("speed", "lean")),
 }
 TILES = [
+    tiles.Tile(128, 256, 64, 8, 8, 4),
     tiles.Tile(128, 256, 64, 16, 8, 3),
     tiles.Tile(128, 128, 64, 16, 4, 3, 2),
 ]

@@ -79,9 +79,13 @@ def _gradient_by_slabs(plan: Plan, t: Tensors) -> None:
 
 
 def _slabs(plan: Plan, t: Tensors) -> Iterator[tuple[int, Tensor]]:
-    """The first column of each slab, and its place, which is the next one's too."""
+    """The first column of each slab, and its place, which is the next one's too.
+
+    A transposed weight's gradient lends no place even where it could: it cannot in the other frontend, which is to have
+    the same bits.
+    """
     tokens, columns, first = plan.problem.tokens, plan.problem.columns, 0
-    if plan.borrowed and t["grad_weight"].is_contiguous():
+    if plan.borrowed and t["weight"].stride(1) == 1 and layout_of(t["grad_weight"]) == "vh":
         unfilled = t["grad_weight"].view(-1)
         for width in plan.borrowed:
             start = (unfilled.numel() - tokens * width) // LINE * LINE

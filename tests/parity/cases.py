@@ -272,9 +272,7 @@ def _table() -> list[Case]:
         add(f"everything_{reduction}", *both, class_weight=True, **options(**EVERYTHING, reduction=reduction))
         add(f"token_scaling_{reduction}", linear, **options(use_token_scaling=True, reduction=reduction))
     add("bias", linear, bias=True)
-    add(
-        "all_options_of_linear", linear, bias=True, class_weight=True, **options(**EVERYTHING, use_token_scaling=True)
-    )
+    add("all_options_of_linear", linear, bias=True, class_weight=True, **options(**EVERYTHING, use_token_scaling=True))
 
     add("int32_labels", *both, label_dtype=torch.int32)
     add("leading_dimensions", *both, leading=(3, 2, 5), **options(reduction="none"))
@@ -329,6 +327,10 @@ def _table() -> list[Case]:
     add("many_slices", linear, memory=38_000)
     add("many_slices_everything", linear, memory=38_000, bias=True, class_weight=True, **options(**EVERYTHING))
     add("transposed_weight", linear, layout="transposed_weight", memory=38_000)
+    # Slabs of which the first could lie in the weight's gradient.
+    many = replace(linear, leading=(40,), hidden=64, vocab=1600, memory=70_000)
+    add("lent_slabs", many)
+    add("lent_slabs_transposed_weight", many, layout="transposed_weight")
     add("column_major", *both, layout="column_major")
     add("sliced", *both, layout="sliced", **options(reduction="none"))
     add("expanded", *both, layout="expanded", data="same_rows", **options(reduction="none"))
