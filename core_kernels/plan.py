@@ -156,7 +156,7 @@ def _plan(step: Step, device: torch.device) -> Plan:
         return Plan(step, engine, tiles, tuple(workspace), strips=strips)
     chunk = _chunk(step, tiles)
     if chunk:
-        workspace.append(Buffer("packed_x", (chunk, aligned(step.problem.hidden)), step.problem.dtype))
+        workspace.append(_packed_rows(step, chunk))
     if step.ahead:
         workspace += _chunk_buffers(step, chunk)
     tile = _projection(step, tiles)
@@ -230,10 +230,14 @@ def _at_a_time(step: Step, tile: Tile, ranks: int, packs: bool) -> list[Buffer]:
     """What is held of the tokens that one launch projects: the statistics of all vocab tiles, and their rows of ``x``
     if it ``packs`` them.
     """
-    assert step.problem.hidden is not None
     statistics = _statistics(step, "tile", math.ceil(step.problem.columns / tile.n), ranks)
-    rows = Buffer("packed_x", (ranks, aligned(step.problem.hidden)), step.problem.dtype)
-    return [*statistics, *([rows] if packs else [])]
+    return [*statistics, *([_packed_rows(step, ranks)] if packs else [])]
+
+
+def _packed_rows(step: Step, rows: int) -> Buffer:
+    """Room for so many rows of ``x``, one after the other, for a descriptor."""
+    assert step.problem.hidden is not None
+    return Buffer("packed_x", (rows, aligned(step.problem.hidden)), step.problem.dtype)
 
 
 def _ranks(workspace: list[Buffer], step: Step, tile: Tile, packs: bool) -> int:
@@ -306,12 +310,12 @@ def _rows(step: Step, sums: int) -> list[Buffer]:
     The sums are those of labels' classes first, and of ``x``'s gradient after. In ``x``'s gradient itself the packed
     rows find their place, if a descriptor can have it.
     """
-    n, hidden, dtype = step.problem.tokens, step.problem.hidden, step.problem.dtype
+    n, hidden = step.problem.tokens, step.problem.hidden
     assert hidden is not None
     buffers = []
     packs = "weight" in step.wanted or not step.keep
     if packs and not ("x" in step.wanted and hidden == aligned(hidden)):
-        buffers.append(Buffer("packed_x", (n, aligned(hidden)), dtype))
+        buffers.append(_packed_rows(step, n))
     smoothed = step.options.label_smoothing > 0
     factors = ["row_target"]
     factors += ["row_soft"] if step.keep or smoothed or step.options.lse_square_scale > 0 else []

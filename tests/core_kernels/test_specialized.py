@@ -11,7 +11,7 @@ import torch
 
 from core_kernels import Options, Step, for_gradient, plan
 from core_kernels.engine import interpreting
-from core_kernels.tiles import PRODUCTS, Tile, Tiles, can_specialize, choose_tiles, measured
+from core_kernels.tiles import INTERPRETED, PRODUCTS, Tile, Tiles, can_specialize, choose_tiles, measured
 from tests.core_kernels.problems import EVERYTHING, differentiable, differentiate, linear, random_inputs
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Gluon is compiled, and has no interpreter")
@@ -108,6 +108,23 @@ def test_every_kernel_compiles_for_hopper_and_fits(
     assert compiled.metadata.shared <= SHARED_BYTES
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("product", "tile"),
+    [
+        ("grad_x", Tile(128, 256, 64, 8, 4, 4, specialized=True)),  # two parts
+        ("grad_weight", Tile(128, 256, 32, 8, 8, 4, specialized=True)),  # sums do not fit a block
+    ],
+)
+def test_tiles_whose_sums_cannot_pass_the_ring_are_refused(product: str, tile: Tile) -> None:
+    with pytest.raises(ValueError, match=f"^{product} by warps that specialise needs 8 of them"):
+        replace(INTERPRETED, **{product: tile})
+
+
+def test_rows_that_no_slab_fills_whole_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^slab\.m must be a multiple of grad_weight\.k"):
+        replace(INTERPRETED, slab=replace(INTERPRETED.slab, m=48))
 
 
 def on_hopper() -> bool:

@@ -272,7 +272,9 @@ def _table() -> list[Case]:
         add(f"everything_{reduction}", *both, class_weight=True, **options(**EVERYTHING, reduction=reduction))
         add(f"token_scaling_{reduction}", linear, **options(use_token_scaling=True, reduction=reduction))
     add("bias", linear, bias=True)
-    add("all_options_of_linear", linear, bias=True, class_weight=True, **options(**EVERYTHING, use_token_scaling=True))
+    add(
+        "all_options_of_linear", linear, bias=True, class_weight=True, **options(**EVERYTHING, use_token_scaling=True)
+    )
 
     add("int32_labels", *both, label_dtype=torch.int32)
     add("leading_dimensions", *both, leading=(3, 2, 5), **options(reduction="none"))
@@ -326,6 +328,7 @@ def _table() -> list[Case]:
 
     add("many_slices", linear, memory=38_000)
     add("many_slices_everything", linear, memory=38_000, bias=True, class_weight=True, **options(**EVERYTHING))
+    add("many_slices_odd_hidden", linear, hidden=30, memory=38_000)  # whose sums no descriptor can have
     add("transposed_weight", linear, layout="transposed_weight", memory=38_000)
     # Slabs of which the first could lie in the weight's gradient.
     many = replace(linear, leading=(40,), hidden=64, vocab=1600, memory=70_000)
