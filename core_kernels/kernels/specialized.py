@@ -79,9 +79,8 @@ def take_statistics(
         at = vocab_tile.to(gl.int64) * ranks + rank
         if ARGMAX or not KEEP:
             top = gl.max(z, 1)
-            gl.store(tile_max + at, top, mask=inside)
         if ARGMAX:
-            gl.store(tile_argmax + at, column_of(z, top, column), mask=inside)
+            top_column = column_of(z, top, column)
         if SMOOTHING:
             store_smooth(z, at, inside, column, column < columns, class_weight, tile_smooth, CLASS_WEIGHT)
         if KEEP:
@@ -98,7 +97,11 @@ def take_statistics(
                 )
         else:
             total = gl.sum(exp(z - finite_or_zero(top)[:, None]), 1)
-        gl.store(tile_sum + at, total, mask=inside)
+        gl.store(tile_sum + at, total, mask=inside)  # these last: a fence waits for what was stored before it
+        if ARGMAX or not KEEP:
+            gl.store(tile_max + at, top, mask=inside)
+        if ARGMAX:
+            gl.store(tile_argmax + at, top_column, mask=inside)
     if KEEP:
         tma.store_wait(pendings=0)
 
