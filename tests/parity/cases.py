@@ -330,11 +330,12 @@ def _table() -> list[Case]:
     add("many_slices_everything", linear, memory=38_000, bias=True, class_weight=True, **options(**EVERYTHING))
     add("many_slices_odd_hidden", linear, hidden=30, memory=38_000)  # whose sums no descriptor can have
     add("transposed_weight", linear, layout="transposed_weight", memory=38_000)
-    # Slabs of which the first could lie in the weight's gradient. Not float32: without memory for parts, a sum over the
-    # vocab is one chain, and torch, which splits it, is closer.
-    many = replace(linear, leading=(40,), hidden=64, vocab=1600, memory=70_000, dtype=torch.bfloat16)
+    # Slabs of which the first could lie in the weight's gradient.
+    many = replace(linear, leading=(40,), hidden=64, vocab=1600, memory=70_000)
     add("lent_slabs", many)
     add("lent_slabs_transposed_weight", many, layout="transposed_weight")
+    add("bf16_lent_slabs", many, dtype=torch.bfloat16)
+    add("bf16_lent_slabs_transposed_weight", many, dtype=torch.bfloat16, layout="transposed_weight")
     add("column_major", *both, layout="column_major")
     add("sliced", *both, layout="sliced", **options(reduction="none"))
     add("expanded", *both, layout="expanded", data="same_rows", **options(reduction="none"))
