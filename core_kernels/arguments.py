@@ -102,15 +102,15 @@ def layout_of(weight: Tensor) -> str:
     return "strided"
 
 
-def fitting(tile: Tile, layout: str, added_to: Tensor | None = None) -> Tile:
-    """The tile of a product one of whose operands has this layout, and whose float32 sums are ``added_to``."""
-    aligned_sums = added_to is None or added_to.stride(0) % 4 == 0
+def fitting(tile: Tile, layout: str, sums: Tensor | None = None) -> Tile:
+    """The tile of a product one of whose operands has this layout, and that goes to these float32 ``sums``."""
+    aligned_sums = sums is None or sums.stride(0) % 4 == 0
     return tile if layout != "strided" and aligned_sums else tile.pipelined
 
 
-def describe_sums(sums: Tensor | None, tile: Tile) -> Any:
-    """Float32 sums, or none, in the blocks in which a product by warps that specialise has them to add to."""
-    return describe(sums, [tile.m, tile.n // 4], tile) if sums is not None and tile.specialized else None
+def describe_sums(sums: Tensor, tile: Tile) -> Any:
+    """Float32 sums in the blocks in which warps that specialise store them; others do by pointers."""
+    return describe(sums, [tile.m // tile.parts, tile.n // 4], tile) if tile.specialized else sums
 
 
 def kernel_for(

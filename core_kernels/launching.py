@@ -3,11 +3,12 @@
 Triton's own launch looks at every argument and every option to find the compiled kernel, which takes the host longer
 than a small kernel takes the GPU. Here the first launch is Triton's, and those like it go to the kernel that it found.
 Moreover, runs of one plan differ in the addresses of their tensors and in nothing else, so a plan's launches are
-recorded the first time, and after that launched from the record.
+recorded the first time, and after that launched from the record; and those over the same addresses replayed.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from triton.runtime import driver
 from core_kernels.arguments import Tensors
 from core_kernels.engine import interpreting
 from core_kernels.plan import Plan
+from core_kernels.replay import remember, replay
 
 Arguments = tuple[Any, ...]
 
@@ -46,11 +48,9 @@ def run_recorded(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors
     device = torch.cuda.current_device()
     layouts = ((tensors[name].dtype, tensors[name].stride()) for name in plan.varying)
     key = (device, "workspace" in addresses, aligned, *layouts)
-    launches = plan.records.get(key)
-    if launches is not None:
-        stream, hooked = driver.active.get_current_stream(device), _is_hooked()
-        for launch in launches:
-            launch.again(addresses, stream, hooked)
+    record = plan.records.get(key)
+    if record is not None:
+        record.run(addresses, driver.active.get_current_stream(device))
         return
     with torch.no_grad():
         _record(operation, plan, tensors, key)
@@ -78,6 +78,25 @@ class Launch(NamedTuple):
             kernel[grid](*arguments, stream=stream)
         else:  # what that comes to
             kernel.run(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, *arguments)
+
+
+class Record:
+    """A plan's launches."""
+
+    def __init__(self, launches: tuple[Launch, ...]) -> None:
+        self.launches = launches
+
+    def run(self, addresses: Mapping[str, int], stream: int) -> None:
+        these = (self, *addresses.items())
+        if _is_hooked():
+            self.launch(addresses, stream, hooked=True)
+        elif not replay(these, stream):
+            self.launch(addresses, stream)
+            remember(these, functools.partial(self.launch, addresses))
+
+    def launch(self, addresses: Mapping[str, int], stream: int, hooked: bool = False) -> None:
+        for launch in self.launches:
+            launch.again(addresses, stream, hooked)
 
 
 class _Address(NamedTuple):
@@ -151,9 +170,8 @@ def _record(operation: Callable[[Plan, Tensors], None], plan: Plan, tensors: Ten
     if all(end <= start for (_, end), (start, _) in itertools.pairwise(in_order)):
         if len(plan.records) >= MOST_RECORDS:
             plan.records.clear()
-        plan.records[key] = tuple(
-            _without_addresses(kernel, grid, arguments, extents) for kernel, grid, arguments in launches
-        )
+        kept = tuple(_without_addresses(kernel, grid, arguments, extents) for kernel, grid, arguments in launches)
+        plan.records[key] = Record(kept)
     # else two are in one place, and an address does not tell which it is
 
 

@@ -355,8 +355,11 @@ def _slab(step: Step, tiles: Tiles, budget: int) -> int:
 
 def _borrowed(step: Step, tiles: Tiles, held: int) -> tuple[int, ...]:
     """Columns of the first slabs, which lie where the last rows of the weight's gradient will, while there is room for
-    more than what is ``held`` beside it: rows that are not filled yet hold the slab.
+    more than what is ``held`` beside it: rows that are not filled yet hold the slab. Not in float32, where the sum of
+    a wide slab, a long chain of additions, would be the least exact thing here.
     """
+    if step.problem.dtype == torch.float32:
+        return ()
     n, hidden, rest, unit = step.problem.tokens, step.problem.hidden or 0, step.problem.columns, _slab_unit(tiles)
     widths: list[int] = []
     while "weight" in step.wanted and n:

@@ -77,12 +77,6 @@ class Tiles:
                     f"{name}.m must be a multiple of grad_weight.k, which sums over whole blocks of the rows that it "
                     f"writes; got {rows} and {self.grad_weight.k}"
                 )
-        for name in ("grad_x", "grad_weight"):
-            tile = getattr(self, name)  # a quarter of its sums in float32 passes through a block of its larger operand
-            if tile.specialized and (tile.parts != 1 or 2 * tile.k != min(tile.m, tile.n)):
-                raise ValueError(
-                    f"{name} by warps that specialise needs 8 of them and a k of half the shorter side; got {tile}"
-                )
 
     def programs(self, tile: Tile) -> int:
         """That run at a time."""

@@ -203,27 +203,26 @@ def weight_gradient(
     ``ranks`` are the first of the valid tokens, and how many: sums of those but the first are added.
     """
     layout = "sums" if sums else layout_of(out)
-    added_to = out if sums and ranks[0] > 0 else None
-    tile = fitting(plan.tiles.grad_weight, layout, added_to)
-    kernel, others = kernel_for(tile, products.weight_gradient, (out.stride(1),), (describe_sums(added_to, tile),))
+    tile = fitting(plan.tiles.grad_weight, layout, out if sums else None)
+    rows_of_part = tile.m // tile.parts
+    kernel, strides = kernel_for(tile, products.weight_gradient, out.stride())
     launching(kernel, (plan.tiles.programs(tile),))(
-        describe(matrix, [tile.k, tile.m], tile),
+        describe(matrix, [tile.k, rows_of_part], tile),
         describe(packed, [tile.k, tile.n], tile),
-        out if sums else describe_weight(out, layout, tile.m, tile.n // 2, tile),
+        describe_sums(out, tile) if sums else describe_weight(out, layout, rows_of_part, tile.n // 2, tile),
         label_rows,
         None if label_rows is None else t["label_slot"],
         t["valid_count"],
         0 if label_rows is None else label_rows.stride(0),
-        out.stride(0),
         *ranks,
         first,
         matrix.shape[1],
         plan.problem.hidden,
         plan.tiles.programs(tile),
-        *others,
+        *strides,
         LABELS=label_rows is not None,
         LAYOUT=layout,
-        ADD=added_to is not None,
+        ADD=sums and ranks[0] > 0,
         OVERLAP=overlap,
         **blocks(tile),
     )
@@ -258,17 +257,14 @@ def input_gradient(
     """``matrix @ weight`` over the columns of the vocab from the ``first``, added to those before, for these ranks."""
     weight = t["weight"]
     layout = layout_of(weight)
-    added_to = out if first > 0 else None
-    tile = fitting(plan.tiles.grad_x, layout, added_to)
-    kernel, others = kernel_for(tile, products.input_gradient, weight.stride(), (describe_sums(added_to, tile),))
+    tile = fitting(plan.tiles.grad_x, layout, out)
+    kernel, others = kernel_for(tile, products.input_gradient, (out.shape[0], out.stride(0), *weight.stride()))
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     launching(kernel, (plan.tiles.programs(tile),))(
-        describe(matrix, [tile.m, tile.k], tile),
+        describe(matrix, [tile.m // tile.parts, tile.k], tile),
         describe_weight(weight, layout, tile.k, tile.n, tile),
-        out,
+        describe_sums(out, tile),
         t["valid_count"],
-        out.shape[0],
-        out.stride(0),
         *ranks,
         first,
         matrix.shape[1],
@@ -278,7 +274,7 @@ def input_gradient(
         plan.first_part,
         plan.tiles.programs(tile),
         *others,
-        ADD=added_to is not None,
+        ADD=first > 0,
         SPLIT=plan.splits > 1,
         LAYOUT=layout,
         OVERLAP=overlap,

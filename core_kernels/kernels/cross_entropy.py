@@ -125,7 +125,7 @@ def cross_entropy_backward(
         readable = column < tl.where(valid, V, 0)
         z = load_logits(row, column, readable, stride_v, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
         g = logits_gradient(
-            z, column, in_vocab, label, base, log_sum, soft, target, uniform,
+            z, True, column, in_vocab, label, base, log_sum, soft, target, uniform,
             class_weight, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
         g = tl.where(valid, g, 0.0)

@@ -10,6 +10,7 @@ blocks of A, blocks of B, barriers "loaded" and barriers "free", of a stage each
 """
 
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -35,6 +36,16 @@ PART_REGISTERS = gl.constexpr(240)
 RENAMED = gl.constexpr(hasattr(tma, "async_load"))
 async_load = tma.async_load if RENAMED.value else tma.async_copy_global_to_shared
 async_store = tma.async_store if RENAMED.value else tma.async_copy_shared_to_global
+
+
+@gl._core.builtin
+def add_of_before(sums, at, buffer, _semantic=None):
+    """``async_atomic_add``, which the compiler of Triton 3.6 has and its language has not."""
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, sums.handle, at, buffer.handle)
+
+
+async_add = tma.async_atomic_add if RENAMED.value else add_of_before
 
 
 def describe_block(matrix: Tensor, block: list[int]) -> TensorDescriptor:
@@ -195,6 +206,25 @@ def store_tile(matrix, buffer, row, column, tile, TRANSPOSED: gl.constexpr):
 
 
 @gluon.jit
+def store_sums(sums, buffer, row, column, tile, ADD: gl.constexpr):
+    """Store a float32 tile through a descriptor of a quarter of its columns, or ``ADD`` it to what is there.
+
+    Memory adds, and nobody waits for what it adds to. A tile is one program's, so the order of its sums is fixed.
+    """
+    left, right = halves(tile)
+    for quarter in gl.static_range(4):
+        quarters = halves(left if quarter < 2 else right)
+        tma.store_wait(pendings=0)
+        buffer.store(quarters[quarter % 2])
+        fence_async_shared()
+        at = [row, column + quarter * (tile.shape[1] // 4)]
+        if ADD:
+            async_add(sums, at, buffer)
+        else:
+            async_store(sums, at, buffer)
+
+
+@gluon.jit
 def store_rows(matrix, row, inside, first_column, tile, columns, stride):
     """Store a float32 tile into the rows of a row-major matrix that are ``inside``.
 
@@ -203,48 +233,3 @@ def store_rows(matrix, row, inside, first_column, tile, columns, stride):
     column = first_column + columns_of(tile)
     at = matrix + of_rows(row, tile).to(gl.int64)[:, None] * stride + column[None, :]
     gl.store(at, tile, mask=of_rows(inside, tile)[:, None] & (column < columns)[None, :])
-
-
-@gluon.jit
-def as_sums(ring, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr):
-    """The blocks of the ring's larger operand, for a quarter of the columns of an (M, N) tile in float32: as large."""
-    blocks = ring[0] if M > N else ring[1]
-    if RENAMED:
-        sums = blocks.reinterpret(gl.float32, [STAGES, M, N // 4], SUMS_LAYOUT)
-    else:
-        sums = blocks._reinterpret(gl.float32, [STAGES, M, N // 4], SUMS_LAYOUT)
-    return sums
-
-
-@gluon.jit
-def load_sums(
-    sums, ring, row, column, stage, phase, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Load a tile of ``sums``, a descriptor of (M, N / 4) blocks, through four stages of the ring."""
-    blocks, loaded, free = as_sums(ring, M, N, STAGES), ring[2], ring[3]
-    for quarter in gl.static_range(4):
-        mbarrier.wait(free.index(stage), phase)
-        mbarrier.expect(loaded.index(stage), sums.block_type.nbytes)
-        async_load(sums, [row, column + quarter * (N // 4)], loaded.index(stage), blocks.index(stage))
-        stage, phase = advance(stage, phase, STAGES)
-    return stage, phase
-
-
-@gluon.jit
-def add_rows(
-    matrix, ring, row, inside, first_column, tile, columns, stride, stage, phase,
-    M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Store a tile as ``store_rows`` does, added to what ``load_sums`` brings."""
-    blocks, loaded, free = as_sums(ring, M, N, STAGES), ring[2], ring[3]
-    left, right = halves(tile)
-    for quarter in gl.static_range(4):
-        quarters = halves(left if quarter < 2 else right)
-        total = quarters[quarter % 2]
-        mbarrier.wait(loaded.index(stage), phase)
-        total += blocks.index(stage).load(total.type.layout)
-        fence_async_shared()  # read before it is loaded into again
-        mbarrier.arrive(free.index(stage), count=1)
-        store_rows(matrix, row, inside, first_column + quarter * (N // 4), total, columns, stride)
-        stage, phase = advance(stage, phase, STAGES)
-    return stage, phase

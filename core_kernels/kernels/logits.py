@@ -174,14 +174,20 @@ def gradient_coefficients(
 
 @triton.jit
 def logits_gradient(
-    z, columns, in_vocab, label, base, log_sum, soft, target, uniform,
+    z, labelled, columns, in_vocab, label, base, log_sum, soft, target, uniform,
     class_weight, logit_scale, softcap,
     CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above."""
+    """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above.
+
+    ``labelled``: whether some label may be among the columns.
+    """
     p = exp((z - base) - log_sum)
-    g = tl.where(columns == label, p - 1.0, p) * target
+    g = p
+    if labelled:
+        g = tl.where(columns == label, p - 1.0, p)
+    g = g * target
     if SMOOTHING or Z_LOSS:
         g = g + soft * p
     if SMOOTHING:

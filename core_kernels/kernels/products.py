@@ -25,8 +25,8 @@ from core_kernels.kernels.stores import (
 
 @triton.jit
 def weight_gradient(
-    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, rows_stride, stride_gv,
-    first_rank, ranks, first_column, columns, H, programs, stride_gh,
+    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, rows_stride,
+    first_rank, ranks, first_column, columns, H, programs, stride_gv, stride_gh,
     LABELS: tl.constexpr, LAYOUT: tl.constexpr, ADD: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -117,8 +117,8 @@ def find_sum(
 
 @triton.jit(do_not_specialize=["columns"])  # of one column the loop would be none, and take the memory of a fifth stage
 def input_gradient(
-    matrix, weight, rows, valid_count, rows_end, rows_stride,
-    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs, stride_wv, stride_wh,
+    matrix, weight, rows, valid_count, first_rank, ranks, first_column, columns, H,
+    split_tiles, splits, first_part, programs, rows_end, rows_stride, stride_wv, stride_wh,
     ADD: tl.constexpr, SPLIT: tl.constexpr, LAYOUT: tl.constexpr, OVERLAP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip

@@ -41,7 +41,7 @@ def slab_gradient(
             token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform, SMOOTHING, Z_LOSS
         )
         g = tile_gradient(
-            z, rows, first_column + vocab_tile * N + tl.arange(0, N), columns, class_weight, shard,
+            z, rows, True, first_column + vocab_tile * N + tl.arange(0, N), columns, class_weight, shard,
             logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
         )  # fmt: skip
         store_rounded(slab, tile * M, vocab_tile * N, g)
@@ -68,18 +68,21 @@ def load_rows(
 
 @triton.jit
 def tile_gradient(
-    z, rows, column, columns, class_weight, shard, logit_scale, softcap,
+    z, rows, labelled, column, columns, class_weight, shard, logit_scale, softcap,
     CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of raw logits, in float32; what is past the slab is not stored."""
+    """The gradient of a tile of raw logits, in float32; what is past the slab is not stored.
+
+    ``labelled``: whether some label may be among the columns.
+    """
     label, base, log_sum, soft, target, uniform = rows
     z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
     weights = class_weight
     if CLASS_WEIGHT:
         weights += shard
     return logits_gradient(
-        z, column[None, :], (column < columns)[None, :], label[:, None], base[:, None],
+        z, labelled, column[None, :], (column < columns)[None, :], label[:, None], base[:, None],
         log_sum[:, None], soft[:, None], target[:, None], uniform[:, None],
         weights, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
     )  # fmt: skip

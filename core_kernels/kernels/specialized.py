@@ -10,9 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.extra import cuda
 
 from core_kernels.kernels.hopper import (
-    add_rows,
     columns_of,
-    load_sums,
     load_tile,
     make_buffers,
     make_ring,
@@ -22,6 +20,7 @@ from core_kernels.kernels.hopper import (
     specialize,
     store_half,
     store_rows,
+    store_sums,
     store_tile,
 )
 from core_kernels.kernels.logits import cap_logits, exp, finite_or_zero
@@ -167,6 +166,8 @@ def take_gradient(
         rows = load_rows(  # asked for before it is needed
             token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform, SMOOTHING, Z_LOSS
         )
+        label_column = rows[0] - (first_column + vocab_tile * N)
+        labelled = gl.max(((label_column >= 0) & (label_column < N)).to(gl.int32), 0) > 0  # most tiles have no label
         z, stage, phase = multiply_tile(
             ring, gl.cdiv(H, K), stage, phase, PART, False, LAYOUT == "hv", M, N, STAGES, PARTS
         )
@@ -178,7 +179,7 @@ def take_gradient(
             if BIAS:
                 half = add_bias(half, bias, column, columns)
             g = tile_gradient(
-                half, rows_as_held(rows, half), column, columns, class_weight, shard,
+                half, rows_as_held(rows, half), labelled, column, columns, class_weight, shard,
                 logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
             )  # fmt: skip
             store_half(slab, buffers.index(PART), first + PART * (M // PARTS), at_column, g, False)
@@ -220,7 +221,7 @@ def slab_gradient(
 
 @gluon.jit
 def load_for_weight(
-    matrix, packed_x, sums, ring, first_column, count, vocab_tiles, hidden_tiles, programs, ADD: gl.constexpr,
+    matrix, packed_x, ring, count, vocab_tiles, hidden_tiles, programs,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
@@ -231,15 +232,11 @@ def load_for_weight(
             matrix, packed_x, ring, tile * M, hidden_tile * N, 0, 0, gl.cdiv(count, K), stage, phase,
             True, True, K, STAGES, PARTS,
         )  # fmt: skip
-        if ADD:
-            stage, phase = load_sums(
-                sums, ring, first_column + tile * M, hidden_tile * N, stage, phase, M, N, STAGES
-            )
 
 
 @gluon.jit
 def take_weight_gradient(
-    PART: gl.constexpr, ring, buffers, grad_weight, label_rows, label_slot, rows_stride, stride_gv,
+    PART: gl.constexpr, ring, buffers, grad_weight, label_rows, label_slot, rows_stride,
     first_column, columns, H, programs, count, vocab_tiles, hidden_tiles,
     LABELS: gl.constexpr, LAYOUT: gl.constexpr, ADD: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
@@ -251,39 +248,33 @@ def take_weight_gradient(
         total, stage, phase = multiply_tile(
             ring, gl.cdiv(count, K), stage, phase, PART, True, True, M, N, STAGES, PARTS
         )
-        row = tile * M + rows_of(PART, M, N, PARTS)
         if LABELS:
+            row = tile * M + rows_of(PART, M, N, PARTS)
             slot = gl.load(label_slot + row, mask=row < columns, other=NO_SLOT)
             if gl.min(slot, 0) < NO_SLOT:
                 store_rows(label_rows, slot, slot < NO_SLOT, hidden_tile * N, total, H, rows_stride)
+        first = first_column + tile * M + PART * (M // PARTS)
         if LAYOUT == "sums":
-            if ADD:
-                stage, phase = add_rows(
-                    grad_weight, ring, first_column + row, row < columns, hidden_tile * N, total, H, stride_gv,
-                    stage, phase, M, N, STAGES,
-                )  # fmt: skip
-            else:
-                store_rows(grad_weight, first_column + row, row < columns, hidden_tile * N, total, H, stride_gv)
+            store_sums(grad_weight, buffers.index(PART), first, hidden_tile * N, total, ADD)
         else:
-            store_tile(
-                grad_weight, buffers.index(PART), first_column + tile * M, hidden_tile * N, total, LAYOUT == "hv"
-            )
-    if LAYOUT != "sums":
-        tma.store_wait(pendings=0)
+            store_tile(grad_weight, buffers.index(PART), first, hidden_tile * N, total, LAYOUT == "hv")
+    tma.store_wait(pendings=0)
 
 
 @gluon.jit
 def weight_gradient(
-    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, rows_stride, stride_gv,
-    first_rank, ranks, first_column, columns, H, programs, sums,
+    matrix, packed_x, grad_weight, label_rows, label_slot, valid_count, rows_stride,
+    first_rank, ranks, first_column, columns, H, programs,
     LABELS: gl.constexpr, LAYOUT: gl.constexpr, ADD: gl.constexpr, OVERLAP: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As ``products.weight_gradient``; ``sums``, for what is to ``ADD``, is ``grad_weight`` in (M, N / 4) blocks."""
+    """As ``products.weight_gradient``; sums are a descriptor of blocks of a quarter of a tile's columns, and gradients
+    of half of them.
+    """
     if OVERLAP:
         cuda.gdc_launch_dependents()
     ring = make_ring(matrix, packed_x, STAGES, PARTS)
-    buffers = 0 if LAYOUT == "sums" else make_buffers(grad_weight, PARTS)
+    buffers = make_buffers(grad_weight, PARTS)
     count = gl.maximum(gl.minimum(gl.load(valid_count) - first_rank, ranks), 0)
     vocab_tiles = gl.cdiv(columns, M)
     if ADD:
@@ -292,85 +283,76 @@ def weight_gradient(
     specialize(
         take_weight_gradient,
         (
-            ring, buffers, grad_weight, label_rows, label_slot, rows_stride, stride_gv,
+            ring, buffers, grad_weight, label_rows, label_slot, rows_stride,
             first_column, columns, H, programs, count, vocab_tiles, hidden_tiles,
             LABELS, LAYOUT, ADD, M, N, K, GROUP, STAGES, PARTS,
         ),
         load_for_weight,
-        (
-            matrix, packed_x, sums, ring, first_column, count, vocab_tiles, hidden_tiles, programs, ADD,
-            M, N, K, GROUP, STAGES, PARTS,
-        ),
+        (matrix, packed_x, ring, count, vocab_tiles, hidden_tiles, programs, M, N, K, GROUP, STAGES, PARTS),
         PARTS,
     )  # fmt: skip
 
 
 @gluon.jit
 def load_for_input(
-    matrix, weight, sums, ring, first_column, columns, split_tiles, splits, first_part, token_tiles, hidden_tiles,
-    count, programs, ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
+    matrix, weight, ring, first_column, columns, split_tiles, splits, first_part, token_tiles, hidden_tiles,
+    count, programs, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 1
     for index in range(gl.program_id(0), count, programs):
-        tile, hidden_tile, row, begin, end = find_sum(
+        tile, hidden_tile, _, begin, end = find_sum(
             index, token_tiles, hidden_tiles, columns, split_tiles, splits, first_part, SPLIT, M, K, GROUP
         )
         stage, phase = load_tile(
             matrix, weight, ring, tile * M, hidden_tile * N, begin, first_column + begin, gl.cdiv(end - begin, K),
             stage, phase, False, LAYOUT == "vh", K, STAGES, PARTS,
         )  # fmt: skip
-        if ADD:
-            stage, phase = load_sums(sums, ring, row, hidden_tile * N, stage, phase, M, N, STAGES)
 
 
 @gluon.jit
 def take_input_gradient(
-    PART: gl.constexpr, ring, rows, rows_end, rows_stride, columns, H, split_tiles, splits, first_part,
+    PART: gl.constexpr, ring, buffers, rows, columns, split_tiles, splits, first_part,
     token_tiles, hidden_tiles, count, programs, ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
     for index in range(gl.program_id(0), count, programs):
-        _, hidden_tile, first, begin, end = find_sum(
+        _, hidden_tile, row, begin, end = find_sum(
             index, token_tiles, hidden_tiles, columns, split_tiles, splits, first_part, SPLIT, M, K, GROUP
         )
         total, stage, phase = multiply_tile(
             ring, gl.cdiv(end - begin, K), stage, phase, PART, False, LAYOUT == "vh", M, N, STAGES, PARTS
         )
-        row = first + rows_of(PART, M, N, PARTS)
-        if ADD:
-            stage, phase = add_rows(
-                rows, ring, row, row < rows_end, hidden_tile * N, total, H, rows_stride, stage, phase, M, N, STAGES
-            )
-        else:
-            store_rows(rows, row, row < rows_end, hidden_tile * N, total, H, rows_stride)
+        store_sums(rows, buffers.index(PART), row + PART * (M // PARTS), hidden_tile * N, total, ADD)
+    tma.store_wait(pendings=0)
 
 
 @gluon.jit
 def input_gradient(
-    matrix, weight, rows, valid_count, rows_end, rows_stride,
-    first_rank, ranks, first_column, columns, H, split_tiles, splits, first_part, programs, sums,
+    matrix, weight, rows, valid_count, first_rank, ranks, first_column, columns, H,
+    split_tiles, splits, first_part, programs,
     ADD: gl.constexpr, SPLIT: gl.constexpr, LAYOUT: gl.constexpr, OVERLAP: gl.constexpr,
     M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """As ``products.input_gradient``; ``sums``, for what is to ``ADD``, is ``rows`` in (M, N / 4) blocks."""
+    """As ``products.input_gradient``; ``rows`` are a descriptor of blocks of a quarter of a tile's columns."""
     ring = make_ring(matrix, weight, STAGES, PARTS)
+    buffers = make_buffers(rows, PARTS)
     token_tiles = gl.cdiv(gl.maximum(gl.minimum(gl.load(valid_count) - first_rank, ranks), 0), M)
     hidden_tiles = gl.cdiv(H, N)
     count = count_sums(token_tiles, hidden_tiles, split_tiles, splits, SPLIT)
     specialize(
         take_input_gradient,
         (
-            ring, rows, rows_end, rows_stride, columns, H, split_tiles, splits, first_part,
+            ring, buffers, rows, columns, split_tiles, splits, first_part,
             token_tiles, hidden_tiles, count, programs, ADD, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
         ),
         load_for_input,
         (
-            matrix, weight, sums, ring, first_column, columns, split_tiles, splits, first_part,
-            token_tiles, hidden_tiles, count, programs, ADD, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
+            matrix, weight, ring, first_column, columns, split_tiles, splits, first_part, token_tiles, hidden_tiles,
+            count, programs, SPLIT, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
         ),
         PARTS,
     )  # fmt: skip

@@ -206,13 +206,13 @@ def test_the_weight_gradient_may_be_a_transposed_view(device: torch.device, engi
 @every_engine
 def test_the_weight_gradient_may_lie_anywhere(device: torch.device, engine: str) -> None:
     """Where no descriptor can have it, it lends no slab its place."""
-    problem = linear(tokens=40, hidden=64, vocab=1600, bias=False, class_weight=False)
+    problem = linear(tokens=40, hidden=64, vocab=1600, dtype=torch.bfloat16, bias=False, class_weight=False)
     loss = Step("loss", problem, PLAIN, engine, memory=70_000)
     inputs = random_inputs(loss, device)
     _, saved, gradients = differentiate(loss, inputs)
     planned = plan(loss.gradient(differentiable(problem)), device)
     assert bool(planned.borrowed) == (planned.engine == "triton")
-    shifted = torch.full((1600 * 64 + 1,), float("nan"), device=device)[1:].view(1600, 64)
+    shifted = torch.full((1600 * 64 + 1,), float("nan"), dtype=torch.bfloat16, device=device)[1:].view(1600, 64)
     launch(planned, inputs | saved | poisoned(planned, device) | {"grad_weight": shifted})
     assert_same_bits({"grad_weight": shifted}, {"grad_weight": gradients["grad_weight"]})
 

@@ -258,7 +258,7 @@ def test_the_least_memory_of_the_gradient_is_named_and_is_enough(engine: str) ->
 def test_the_first_slabs_lie_where_no_row_of_the_weight_s_gradient_is_filled_yet(
     every_tiling: None, tokens: int, hidden: int, vocab: int
 ) -> None:
-    loss = Step("loss", linear(tokens, hidden, vocab), PLAIN, memory="lean")
+    loss = Step("loss", linear(tokens, hidden, vocab, torch.bfloat16), PLAIN, memory="lean")
     planned = plan(loss.gradient(("x", "weight")), torch.device("cpu"))
     first = 0
     for columns in planned.borrowed:
@@ -271,6 +271,12 @@ def test_the_first_slabs_lie_where_no_row_of_the_weight_s_gradient_is_filled_yet
 
 
 def test_without_the_weight_s_gradient_no_slab_lies_in_it(every_tiling: None) -> None:
-    loss = Step("loss", linear(8192, 4096, 128256), PLAIN, memory="lean")
+    loss = Step("loss", linear(8192, 4096, 128256, torch.bfloat16), PLAIN, memory="lean")
     assert plan(loss.gradient(("x",)), torch.device("cpu")).borrowed == ()
     assert plan(loss.gradient(("x", "weight")), torch.device("cpu")).borrowed
+
+
+def test_in_float32_no_slab_lies_in_the_weight_s_gradient(every_tiling: None) -> None:
+    """It would be wider than what is held beside, and its sums longer chains of additions."""
+    loss = Step("loss", linear(8192, 4096, 128256, torch.float32), PLAIN, memory="lean")
+    assert plan(loss.gradient(("x", "weight")), torch.device("cpu")).borrowed == ()

@@ -16,6 +16,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +41,10 @@ PARITY = (
     "logits-everything_mean", "logits-everything_none", "logits-bf16_everything", "logits-expanded", "logits-one_class",
 )  # fmt: skip
 KEPT = ("mean", "every_option", "shared_labels", "one_class", "no_descriptor", "transposed_odd_weight", "broken_x")
-BY_TMA = {"slab", "exponentials", "grad_weight"}  # stored through tensor descriptors
+BY_TMA = {"slab", "exponentials", "grad_weight", "rows", "sum_x", "sum_weight"}  # stored through tensor descriptors
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: .*\((\d+) error")
+ACCESS = re.compile(r"(between|and) (\w+) access at (\w+)\+\S+ in (\S+)")
 DONE = re.compile(r"^ran (\d+) calls of the kernels (.*)$", re.MULTILINE)
 
 
@@ -91,6 +93,18 @@ def run_calls() -> None:
     print(f"ran {count} calls of the kernels {' '.join(kernels)}", flush=True)
 
 
+def hazards(output: str) -> dict[str, dict[str, int]]:
+    """How many hazards racecheck reports between which two lines of which kernel."""
+    found: Counter[str] = Counter()
+    first = ""
+    for word, access, kernel, line in ACCESS.findall(output):
+        if word == "between":
+            first = f"{kernel}: {access} in {line}"
+        else:
+            found[f"{first}, {access} in {line}"] += 1
+    return {"hazards": dict(sorted(found.items()))} if found else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="results file, JSON; without it the calls run once, unwatched")
@@ -104,7 +118,7 @@ def main() -> None:
     watched = [sys.executable, "-m", "tests.trust.sanitize"]
     running = {
         tool: subprocess.Popen(
-            ["compute-sanitizer", "--tool", tool, "--print-limit", "20", *watched],
+            ["compute-sanitizer", "--tool", tool, "--print-limit", "10000", *watched],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -130,7 +144,7 @@ def main() -> None:
         if summary is None or done is None:
             sys.exit(f"{tool} did not end as it should:\n{output[-4000:]}")
         errors, calls = int(summary[1] or summary[2]), int(done[1])
-        measured["tools"][tool] = {"errors": errors, "calls": calls, "kernels": done[2].split()}
+        measured["tools"][tool] = {"errors": errors, "calls": calls, "kernels": done[2].split(), **hazards(output)}
         print(f"{tool}: {errors} errors in {calls} calls", output[:20000] if errors else "", flush=True)
         arguments.out.write_text(json.dumps(measured, indent=1) + "\n")
 
