@@ -129,7 +129,7 @@ def test_a_program_of_jax_is_all_that_a_shape_leaves_and_goes_with_it() -> None:
 
 
 def test_every_cache_is_bounded() -> None:
-    """Those without arguments, by class of model, and of what there is to say, hold as many as there are."""
+    """Those without arguments, by class of model, by GPU, and of what there is to say, hold as many as there are."""
     packages = tuple(f"{package.__name__}." for package in (core_kernels, torch_api, jax_api))
     caches = [
         cache
@@ -138,4 +138,5 @@ def test_every_cache_is_bounded() -> None:
     ]
     unbounded = {cache.__qualname__ for cache in caches if cache.cache_parameters()["maxsize"] is None}
     assert len(caches) > 10
-    assert unbounded <= {"measured", "_names", "fused_class", "_output_class", "say_once"}
+    known = {"measured", "_names", "fused_class", "_output_class", "say_once", "driver", "capturing_stream"}
+    assert unbounded <= known
