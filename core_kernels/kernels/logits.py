@@ -33,12 +33,14 @@ def round_to(value, dtype: tl.constexpr):
 def multiply_add(a, b, total):
     """``total + a @ b`` in float32, exact products included (no TF32).
 
-    The interpreter multiplies 16-bit operands by their raw bits, so there they are upcast first.
+    The interpreter multiplies 16-bit operands by their raw bits, and float32 ones in an order that depends on the CPU
+    and on both shapes, where a logit shall have the same bits in any tile: there they are upcast first.
     """
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+        total += tl.dot(a.to(tl.float64), b.to(tl.float64), out_dtype=tl.float64).to(tl.float32)
+    else:
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return total
 
 
 @triton.jit

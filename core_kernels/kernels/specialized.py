@@ -1,6 +1,6 @@
 """The four products on Hopper, where every operand has a descriptor: what ``statistics``, ``slab`` and ``products`` do.
 
-Each kernel is that of the same name there, of the same arguments, less the strides that only pointers need. Its blocks
+Each kernel is that of the same name there, of the same arguments, less those that only pointers need. Its blocks
 of A, and those that it stores, are of one of the ``PARTS`` of a tile's rows. See ``hopper``.
 """
 
