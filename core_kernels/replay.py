@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+MOST = 64  # graphs in all, and launches that are remembered to have run once
 SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuStreamCreate": (c_void_p, c_uint),
     "cuStreamBeginCapture_v2": (c_void_p, c_int),
@@ -42,7 +43,6 @@ class Graph:
             raise RuntimeError(f"the CUDA driver could not launch a graph: error {code}")
 
 
-MOST = 64  # graphs in all, and launches that are remembered to have run once
 _graphs: dict[Hashable, Graph | None] = {}  # nothing where the driver refused
 _seen: dict[Hashable, None] = {}
 _one_remembers = threading.Lock()

@@ -186,16 +186,29 @@ def of_rows(values, tile):
 
 
 @gluon.jit
-def store_half(matrix, buffer, row, column, half, TRANSPOSED: gl.constexpr):
-    """Store half of a float32 tile, rounded, through a descriptor of its size and a ``buffer``.
+def store_block(matrix, buffer, at, block, ADD: gl.constexpr):
+    """Store a block through a descriptor of its size and a ``buffer``, or ``ADD`` it to what is there.
 
-    Waits until the buffer is read by the store before, and not for this one: the kernel's end must.
+    Waits until the buffer is read by the store before, and not for this one: the kernel's end must. What is added to
+    memory adds, and nobody waits for it.
     """
-    rounded = round_to(half, matrix.dtype)
     tma.store_wait(pendings=0)
-    buffer.store(rounded.permute(1, 0) if TRANSPOSED else rounded)
+    buffer.store(block)
     fence_async_shared()
-    async_store(matrix, [column, row] if TRANSPOSED else [row, column], buffer)
+    if ADD:
+        async_add(matrix, at, buffer)
+    else:
+        async_store(matrix, at, buffer)
+
+
+@gluon.jit
+def store_half(matrix, buffer, row, column, half, TRANSPOSED: gl.constexpr):
+    """Store half of a float32 tile, rounded."""
+    rounded = round_to(half, matrix.dtype)
+    if TRANSPOSED:
+        store_block(matrix, buffer, [column, row], rounded.permute(1, 0), False)
+    else:
+        store_block(matrix, buffer, [row, column], rounded, False)
 
 
 @gluon.jit
@@ -207,21 +220,11 @@ def store_tile(matrix, buffer, row, column, tile, TRANSPOSED: gl.constexpr):
 
 @gluon.jit
 def store_sums(sums, buffer, row, column, tile, ADD: gl.constexpr):
-    """Store a float32 tile through a descriptor of a quarter of its columns, or ``ADD`` it to what is there.
-
-    Memory adds, and nobody waits for what it adds to. A tile is one program's, so the order of its sums is fixed.
-    """
+    """Store a float32 tile, in quarters of its columns, or ``ADD`` it: it is one program's, so its sums are ordered."""
     left, right = halves(tile)
     for quarter in gl.static_range(4):
         quarters = halves(left if quarter < 2 else right)
-        tma.store_wait(pendings=0)
-        buffer.store(quarters[quarter % 2])
-        fence_async_shared()
-        at = [row, column + quarter * (tile.shape[1] // 4)]
-        if ADD:
-            async_add(sums, at, buffer)
-        else:
-            async_store(sums, at, buffer)
+        store_block(sums, buffer, [row, column + quarter * (tile.shape[1] // 4)], quarters[quarter % 2], ADD)
 
 
 @gluon.jit
