@@ -150,6 +150,8 @@ def _plan(step: Step, device: torch.device) -> Plan:
     workspace += _compaction(step)
     if not step.keep:
         workspace.append(Buffer("label_logit", (step.problem.tokens,), torch.float32))
+    if step.finds_argmax:
+        workspace.append(Buffer("row_argmax", (step.problem.tokens,), torch.int32))
     if step.kind == "shard":
         strips = _strips(step.problem, tiles)
         workspace += _statistics(step, "strip", strips, step.problem.tokens)
@@ -218,9 +220,12 @@ def _compaction(step: Step) -> list[Buffer]:
 def _statistics(step: Step, part: str, parts: int, ranks: int) -> list[Buffer]:
     """What the kernels learn of each part of a row of logits."""
     relative = step.keep or step.ahead  # to the label's logit
-    names = [] if relative and not step.options.needs_argmax else ["max"]
-    names += ["sum", *(["smooth"] if step.options.label_smoothing > 0 else [])]
+    names = ["sum", *(["smooth"] if step.options.label_smoothing > 0 else [])]
     buffers = [Buffer(f"{part}_{name}", (parts, ranks), torch.float32) for name in names]
+    if step.finds_argmax:
+        return [*buffers, Buffer(f"{part}_max", (parts, ranks), step.problem.dtype)]
+    if step.options.needs_argmax or not relative:
+        buffers.append(Buffer(f"{part}_max", (parts, ranks), torch.float32))
     if step.options.needs_argmax:
         buffers.append(Buffer(f"{part}_argmax", (parts, ranks), torch.int32))
     return buffers

@@ -160,6 +160,11 @@ class Step:
         return self.outputs + self.saved
 
     @property
+    def finds_argmax(self) -> bool:
+        """Whether the argmax is found by exponentials that are there: with a softcap they are times its slope."""
+        return (self.keep or bool(self.ahead)) and self.options.needs_argmax and self.options.softcap is None
+
+    @property
     def sums_class_weight(self) -> bool:
         return self.problem.has_class_weight and self.options.label_smoothing > 0
 

@@ -30,8 +30,8 @@ from core_kernels.plan import LINE, Plan
 from core_kernels.triton_loss import HIDDEN_BLOCK, compact_valid_tokens, gather_rows, hidden_blocks
 
 FACTOR_BLOCK, SLOT_BLOCK = 64, 1024
-SORT_BLOCK, SORT_OTHERS = 32, 256
-LABEL_ROWS = 8
+SORT_BLOCK, SORT_OTHERS = 16, 512
+LABEL_ROWS, LABEL_BLOCK = 16, 512
 BIAS_BLOCK = 64
 
 
@@ -230,11 +230,10 @@ def weight_gradient(
 
 def finish_label_rows(plan: Plan, t: Tensors, label_rows: Tensor, out: Tensor, ranks: int, by_slot: bool) -> None:
     x = t["x"]
-    launching(rows.finish_label_rows, (ranks, hidden_blocks(plan)))(
+    launching(rows.finish_label_rows, (ranks, triton.cdiv(plan.problem.hidden, LABEL_BLOCK)))(
         x,
         t["sorted_labels"],
         t["sorted_tokens"],
-        t["label_slot"],
         t["row_target"],
         t["row_soft"],
         t["label_kept"],
@@ -247,7 +246,8 @@ def finish_label_rows(plan: Plan, t: Tensors, label_rows: Tensor, out: Tensor, r
         plan.problem.hidden,
         BY_SLOT=by_slot,
         ROWS=LABEL_ROWS,
-        BLOCK=HIDDEN_BLOCK,
+        BLOCK=LABEL_BLOCK,
+        num_warps=2,
     )
 
 

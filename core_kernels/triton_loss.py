@@ -23,14 +23,16 @@ from core_kernels.arguments import (
     projection,
     token_results,
 )
-from core_kernels.kernels import finish, rows, statistics, tokens
+from core_kernels.kernels import argmax, finish, rows, statistics, tokens
 from core_kernels.kernels import projection as project
 from core_kernels.launching import launching
 from core_kernels.plan import Plan
 from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
+from core_kernels.tiles import Tile
 
 TOKEN_BLOCK, PARTS_BLOCK = 8, 128  # tokens that one program finishes, and parts that it reads at a time
 REDUCE_BLOCK = 1024
+FOUND_ROWS, FOUND_BLOCK = 4, 1024  # tokens whose argmax one program finds, and hidden units that it takes at a time
 LABEL_BLOCK = 64
 HIDDEN_BLOCK = 1024
 
@@ -91,12 +93,15 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
             *strides,
             **logit_options(plan),
             KEEP=kept is not None,
-            ARGMAX=plan.options.needs_argmax,
+            ARGMAX=plan.options.needs_argmax and not plan.step.finds_argmax,
+            LARGEST=plan.step.finds_argmax,
             CLASS_WEIGHT=problem.has_class_weight,
             SMOOTHING=plan.options.label_smoothing > 0,
             **flags,
             **projection(plan, tile, layout),
         )
+        if plan.step.finds_argmax:
+            _find_columns(plan, t, start, ranks, start - first, tile, parts)
         _finish_tokens(plan, t, t["label_logit"], _parts(t, "tile"), start, ranks, ranks, parts)
 
 
@@ -280,6 +285,7 @@ def _finish_tokens(
         t.get("valid_count"),
         label_logit,
         *parts,
+        t.get("row_argmax"),
         *class_weights(t),
         *token_results(plan, t),
         plan.problem.vocab,
@@ -294,6 +300,36 @@ def _finish_tokens(
         **metric_flags(plan),
         BLOCK=TOKEN_BLOCK,
         PARTS=PARTS_BLOCK,
+    )
+
+
+def _find_columns(plan: Plan, t: Tensors, first: int, ranks: int, first_row: int, tile: Tile, vocab_tiles: int) -> None:
+    """The argmax of ``ranks`` valid tokens from the ``first``-th, whose exponentials begin at the ``first_row``."""
+    exponentials = t["exponentials"]
+    options = logit_options(plan)
+    launching(argmax.find_columns, (triton.cdiv(ranks, FOUND_ROWS),))(
+        t["x"],
+        t["weight"],
+        t["valid_tokens"],
+        t["valid_count"],
+        exponentials,
+        t["tile_max"],
+        t["row_argmax"],
+        *t["x"].stride(),
+        *t["weight"].stride(),
+        exponentials.stride(0),
+        plan.problem.columns,
+        plan.problem.hidden,
+        first,
+        ranks,
+        first_row,
+        vocab_tiles,
+        options["logit_scale"],
+        HAS_SCALE=options["HAS_SCALE"],
+        N=tile.n,
+        ROWS=FOUND_ROWS,
+        TILES=triton.next_power_of_2(vocab_tiles),
+        BLOCK=FOUND_BLOCK,
     )
 
 
@@ -313,6 +349,7 @@ def repair_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
         t["valid_count"],
         *token_results(plan, t),
         t.get("exponentials"),
+        t.get("row_argmax"),
         *x.stride(),
         *weight.stride(),
         t["exponentials"].stride(0) if "exponentials" in t else 0,

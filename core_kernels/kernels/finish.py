@@ -49,7 +49,7 @@ def merge_parts(
 
 @triton.jit
 def finish_tokens(
-    labels, valid_tokens, valid_count, label_logit, part_max, part_sum, part_smooth, part_argmax,
+    labels, valid_tokens, valid_count, label_logit, part_max, part_sum, part_smooth, part_argmax, row_argmax,
     class_weight, class_weight_sum,
     loss, z_loss, correct, num_valid, num_correct, predicted, saved_base, saved_log_sum, token_scale,
     V, first_rank, ranks, stride, parts, ignore_index, smoothing, lse_square_scale,
@@ -61,7 +61,8 @@ def finish_tokens(
     loss, metrics and statistics.
 
     Parts are the vocab's tiles, by rank; sums ``RELATIVE`` to the label's logit, or not. With ``SHARDS`` they are the
-    vocab's shards, a token at its own place; one of them has its label's logit, the others 0.
+    vocab's shards, a token at its own place; one of them has its label's logit, the others 0. The argmax is
+    the parts', unless it is known by rank, as ``row_argmax``.
     """
     rank = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mine = rank < ranks
@@ -80,8 +81,10 @@ def finish_tokens(
         target = tl.load(label_logit + token, mask=valid, other=0.0)
     base, row_sum, smooth, argmax = merge_parts(
         position, valid, target, part_max, part_sum, part_smooth, part_argmax, stride, parts,
-        RELATIVE, ACCURACY or COUNTS or PREDICTED, SMOOTHING, BLOCK, PARTS,
+        RELATIVE, part_argmax is not None, SMOOTHING, BLOCK, PARTS,
     )  # fmt: skip
+    if row_argmax is not None:
+        argmax = tl.load(row_argmax + first_rank + rank, mask=valid, other=NO_COLUMN)
     store_token(
         token, mine, label, base, tl.log(row_sum), target, 0.0, smooth, argmax,
         class_weight, class_weight_sum,

@@ -186,6 +186,25 @@ def of_rows(values, tile):
 
 
 @gluon.jit
+def larger(a, b):
+    """The larger of each two bfloat16 numbers, by one instruction for two."""
+    return gl.inline_asm_elementwise(
+        "max.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.bfloat16, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def fold_columns(tile):
+    """Of each row of a bfloat16 tile the largest of every eighth column: a thread holds two neighbours of eight."""
+    if tile.shape[1] == 8:
+        folded = tile
+    else:
+        left, right = halves(tile)
+        folded = fold_columns(larger(left, right))
+    return folded
+
+
+@gluon.jit
 def store_block(matrix, buffer, at, block, ADD: gl.constexpr):
     """Store a block through a descriptor of its size and a ``buffer``, or ``ADD`` it to what is there.
 

@@ -145,8 +145,20 @@ def sort_labels(
 
 
 @triton.jit
+def part_of_label(x, token, mine, row_target, row_soft, label_kept, stride_xn, stride_xh, h, H):
+    """What ``finish_label_rows`` subtracts for the tokens that are ``mine``."""
+    target = tl.load(row_target + token, mask=mine, other=0.0)
+    soft = tl.load(row_soft + token, mask=mine, other=0.0)
+    kept = tl.load(label_kept + token, mask=mine, other=0.0)
+    at_x = token.to(tl.int64)[:, None] * stride_xn + h[None, :].to(tl.int64) * stride_xh
+    row = tl.load(x + at_x, mask=mine[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
+    packed = round_to(row * soft[:, None], x.dtype.element_ty).to(tl.float32)
+    return tl.sum(row * (target - soft * kept)[:, None] + packed * kept[:, None], 0)
+
+
+@triton.jit
 def finish_label_rows(
-    x, sorted_labels, sorted_tokens, label_slot, row_target, row_soft, label_kept, label_rows, out,
+    x, sorted_labels, sorted_tokens, row_target, row_soft, label_kept, label_rows, out,
     stride_xn, stride_xh, rows_stride, stride_v, stride_h, ranks, H,
     BY_SLOT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -154,34 +166,29 @@ def finish_label_rows(
     label: the sum in ``label_rows``, at the label's slot (``BY_SLOT``) or at the label itself, from which the part of
     each token with that label is subtracted, in order.
 
-    That is its ``row_target x``, and what rounding took from its packed row, as its own exponential multiplied it.
+    That is its ``row_target x``, less what rounding took from its packed row, as its own exponential multiplied it.
+    Most labels are of one token: the others' come ``ROWS`` at a time.
     """
     first = tl.program_id(0)
     label = tl.load(sorted_labels + first)
-    if label == NO_LABEL:
-        return
-    if tl.load(label_slot + label) != first:
+    before = tl.load(sorted_labels + first - 1, mask=first > 0, other=-1)
+    after = tl.load(sorted_labels + first + 1, mask=first + 1 < ranks, other=-1)
+    token = tl.load(sorted_tokens + first + tl.arange(0, 1))
+    if (label == NO_LABEL) | (label == before):
         return
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = first if BY_SLOT else label
     total = tl.load(label_rows + at.to(tl.int64) * rows_stride + h, mask=h < H, other=0.0)
-    start = first
-    more = 1
-    while more == 1:
+    total -= part_of_label(x, token, token >= 0, row_target, row_soft, label_kept, stride_xn, stride_xh, h, H)
+    start = first + 1
+    more = label == after
+    while more:
         rank = start + tl.arange(0, ROWS)
-        same = rank < ranks
-        same = same & (tl.load(sorted_labels + rank, mask=same, other=-1) == label)
-        token = tl.load(sorted_tokens + rank, mask=same, other=0).to(tl.int64)
-        target = tl.load(row_target + token, mask=same, other=0.0)
-        soft = tl.load(row_soft + token, mask=same, other=0.0)
-        kept = tl.load(label_kept + token, mask=same, other=0.0)
-        at_x = token[:, None] * stride_xn + h[None, :].to(tl.int64) * stride_xh
-        row = tl.load(x + at_x, mask=same[:, None] & (h < H)[None, :], other=0.0).to(tl.float32)
-        scaled = row * soft[:, None]
-        lost = scaled - round_to(scaled, x.dtype.element_ty).to(tl.float32)
-        total -= tl.sum(row * target[:, None] - lost * kept[:, None], 0)
+        same = tl.load(sorted_labels + rank, mask=rank < ranks, other=-1) == label
+        tokens = tl.load(sorted_tokens + rank, mask=same, other=0)
+        total -= part_of_label(x, tokens, same, row_target, row_soft, label_kept, stride_xn, stride_xh, h, H)
         start += ROWS
-        more = tl.min(same.to(tl.int32), 0)
+        more = tl.min(same.to(tl.int32), 0) == 1
     at_out = label.to(tl.int64) * stride_v + h.to(tl.int64) * stride_h
     tl.store(out + at_out, round_to(total, out.dtype.element_ty), mask=h < H)
 

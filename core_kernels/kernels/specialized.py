@@ -11,6 +11,8 @@ from triton.language.extra import cuda
 
 from core_kernels.kernels.hopper import (
     columns_of,
+    fold_columns,
+    larger,
     load_tile,
     make_buffers,
     make_ring,
@@ -18,12 +20,13 @@ from core_kernels.kernels.hopper import (
     of_rows,
     rows_of,
     specialize,
+    store_block,
     store_half,
     store_rows,
     store_sums,
     store_tile,
 )
-from core_kernels.kernels.logits import cap_logits, exp, finite_or_zero
+from core_kernels.kernels.logits import cap_logits, exp_from, exponent_of, finite_or_zero, round_to
 from core_kernels.kernels.products import count_sums, find_sum
 from core_kernels.kernels.projection import add_bias, grouped_tile
 from core_kernels.kernels.slab import load_rows, tile_gradient
@@ -52,9 +55,10 @@ def take_statistics(
     PART: gl.constexpr, ring, buffers, bias, class_weight, valid_tokens, label_logit, exponentials,
     tile_max, tile_sum, tile_smooth, tile_argmax, columns, H, first_rank, ranks, first_row, programs,
     logit_scale, softcap, count, token_tiles, vocab_tiles,
-    KEEP: gl.constexpr, ARGMAX: gl.constexpr, CLASS_WEIGHT: gl.constexpr, SMOOTHING: gl.constexpr,
-    BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr, LAYOUT: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    KEEP: gl.constexpr, ARGMAX: gl.constexpr, LARGEST: gl.constexpr, CLASS_WEIGHT: gl.constexpr,
+    SMOOTHING: gl.constexpr, BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    LAYOUT: gl.constexpr, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     stage = 0
     phase = 0
@@ -83,21 +87,30 @@ def take_statistics(
         if SMOOTHING:
             store_smooth(z, at, inside, column, column < columns, class_weight, tile_smooth, CLASS_WEIGHT)
         if KEEP:
+            exponent, correction = exponent_of(base)
             total = gl.zeros_like(base)
             parts = halves(z)
             for side in gl.static_range(2):  # the second is worked on while the first is stored
                 half = parts[side]
-                p = exp(half - of_rows(base, half)[:, None])
+                p = exp_from(half, of_rows(exponent, half)[:, None])
                 total += of_rows(gl.sum(p, 1), z)
-                kept = scaled_by_slope(p, half, softcap, HAS_SOFTCAP)
-                at_column = vocab_tile * N + side * (N // 2)
-                store_half(
-                    exponentials, buffers.index(PART), first_row + first + PART * (M // PARTS), at_column, kept, False
-                )
+                kept = round_to(scaled_by_slope(p, half, softcap, HAS_SOFTCAP), exponentials.dtype)
+                if LARGEST:
+                    few = fold_columns(kept)
+                    if side == 0:
+                        folded = few
+                    else:
+                        folded = larger(folded, few)
+                at_block = [first_row + first + PART * (M // PARTS), vocab_tile * N + side * (N // 2)]
+                store_block(exponentials, buffers.index(PART), at_block, kept, False)
+            total *= correction
+            if LARGEST:
+                top = of_rows(gl.max(folded.to(gl.float32), 1), z)
         else:
-            total = gl.sum(exp(z - finite_or_zero(top)[:, None]), 1)
+            exponent, correction = exponent_of(finite_or_zero(top))
+            total = gl.sum(exp_from(z, exponent[:, None]), 1) * correction
         gl.store(tile_sum + at, total, mask=inside)  # these last: a fence waits for what was stored before it
-        if ARGMAX or not KEEP:
+        if ARGMAX or LARGEST or not KEEP:
             gl.store(tile_max + at, top, mask=inside)
         if ARGMAX:
             gl.store(tile_argmax + at, top_column, mask=inside)
@@ -110,9 +123,10 @@ def project_statistics(
     x, weight, bias, class_weight, valid_tokens, valid_count, label_logit, exponentials,
     tile_max, tile_sum, tile_smooth, tile_argmax, columns, H, first_rank, ranks, first_row, programs,
     logit_scale, softcap,
-    KEEP: gl.constexpr, ARGMAX: gl.constexpr, CLASS_WEIGHT: gl.constexpr, SMOOTHING: gl.constexpr,
-    BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr, LAYOUT: gl.constexpr,
-    M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
+    KEEP: gl.constexpr, ARGMAX: gl.constexpr, LARGEST: gl.constexpr, CLASS_WEIGHT: gl.constexpr,
+    SMOOTHING: gl.constexpr, BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    LAYOUT: gl.constexpr, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, GROUP: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """As ``statistics.project_statistics``; rows of ``x`` are packed."""
     ring = make_ring(x, weight, STAGES, PARTS)
@@ -125,7 +139,7 @@ def project_statistics(
         (
             ring, buffers, bias, class_weight, valid_tokens, label_logit, exponentials,
             tile_max, tile_sum, tile_smooth, tile_argmax, columns, H, first_rank, ranks, first_row, programs,
-            logit_scale, softcap, count, token_tiles, vocab_tiles, KEEP, ARGMAX, CLASS_WEIGHT, SMOOTHING,
+            logit_scale, softcap, count, token_tiles, vocab_tiles, KEEP, ARGMAX, LARGEST, CLASS_WEIGHT, SMOOTHING,
             BIAS, HAS_SCALE, HAS_SOFTCAP, LAYOUT, M, N, K, GROUP, STAGES, PARTS,
         ),
         load_projections,

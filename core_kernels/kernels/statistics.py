@@ -19,7 +19,7 @@ from core_kernels.kernels.logits import (
 )
 from core_kernels.kernels.projection import grouped_tile, project
 from core_kernels.kernels.stores import store_rounded
-from core_kernels.kernels.tokens import store_token
+from core_kernels.kernels.tokens import store_metrics, store_token
 
 # Exponentials relative to the label's logit are kept up to e^40: in bfloat16 no product of theirs leaves its range.
 MOST_NATS = tl.constexpr(40.0)
@@ -30,9 +30,10 @@ def project_statistics(
     x, weight, bias, class_weight, valid_tokens, valid_count, label_logit, exponentials,
     tile_max, tile_sum, tile_smooth, tile_argmax, columns, H, first_rank, ranks, first_row, programs,
     stride_xn, stride_xh, stride_wv, stride_wh, logit_scale, softcap,
-    KEEP: tl.constexpr, ARGMAX: tl.constexpr, CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-    BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PACKED: tl.constexpr, LAYOUT: tl.constexpr,
-    EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    KEEP: tl.constexpr, ARGMAX: tl.constexpr, LARGEST: tl.constexpr, CLASS_WEIGHT: tl.constexpr,
+    SMOOTHING: tl.constexpr, BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    PACKED: tl.constexpr, LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs,), each of which takes every ``programs``-th tile. Statistics (vocab tiles, ranks) of each tile's
     rows, for ``ranks`` valid tokens from the ``first_rank``-th: the maximum and its column, the sum of exponentials
@@ -41,7 +42,7 @@ def project_statistics(
     With ``KEEP`` the exponentials are relative to the label's logit, and are stored, rounded, through a descriptor of
     (M, N / 2) blocks of ``exponentials``, from the ``first_row``-th on; with a softcap they are times its slope. Rows
     to the end of the last tile are zero, or NaN where the last valid token's are. Rows of ``x`` that are ``PACKED``
-    begin at ``first_row`` too.
+    begin at ``first_row`` too. ``LARGEST``: instead of a maximum and its column, the largest of rounded exponentials.
     """
     count = tl.minimum(tl.load(valid_count) - first_rank, ranks)
     token_tiles = tl.cdiv(count, M)
@@ -75,6 +76,9 @@ def project_statistics(
             store_smooth(z, at, inside, column, in_vocab, class_weight, tile_smooth, CLASS_WEIGHT)
         if KEEP:
             kept = scaled_by_slope(p, z, softcap, HAS_SOFTCAP)
+            if LARGEST:
+                largest = tl.max(round_to(kept, exponentials.dtype).to(tl.float32), 1)
+                tl.store(tile_max + at, largest, mask=inside)
             store_rounded(exponentials, first_row + tile * M, vocab_tile * N, kept)
 
 
@@ -190,6 +194,7 @@ def shard_statistics(
 def repair_tokens(
     x, weight, bias, labels, class_weight, class_weight_sum, valid_tokens, valid_count,
     loss, z_loss, correct, num_valid, num_correct, predicted, saved_base, saved_log_sum, token_scale, exponentials,
+    row_argmax,
     stride_xn, stride_xh, stride_wv, stride_wh, exponentials_stride,
     first_rank, ranks, V, H, ignore_index, logit_scale, softcap, smoothing, lse_square_scale,
     KEEP: tl.constexpr, PER_TOKEN: tl.constexpr, Z_OUTPUT: tl.constexpr, ACCURACY: tl.constexpr,
@@ -198,7 +203,8 @@ def repair_tokens(
     LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ranks,). Of ``ranks`` valid tokens from the ``first_rank``-th, those whose sum is NaN, or too
-    large to keep its terms, again: relative to the maximum.
+    large to keep its terms, again: relative to the maximum; and the metrics of those whose ``row_argmax``, if there is
+    one, was not found.
 
     There are next to none, so most programs end at once.
     """
@@ -209,13 +215,17 @@ def repair_tokens(
     again = log_sum != log_sum
     if KEEP:
         again = again | (log_sum > MOST_NATS)
-    if tl.max(again.to(tl.int32), 0) == 0:
+    walked = again
+    if row_argmax is not None:
+        column = tl.load(row_argmax + first_rank + rank, mask=inside, other=0)
+        walked = again | (column == NO_COLUMN)
+    if tl.max(walked.to(tl.int32), 0) == 0:
         return
-    label = tl.load(labels + token, mask=again, other=-1).to(tl.int64)
+    label = tl.load(labels + token, mask=walked, other=-1).to(tl.int64)
     ARGMAX: tl.constexpr = ACCURACY or COUNTS or PREDICTED
     vocab_tiles = tl.cdiv(V, N)
     row_max, row_sum, target, smooth, argmax = walk_strip(
-        x, weight, bias, class_weight, token, again, label, 0, vocab_tiles, V, H,
+        x, weight, bias, class_weight, token, walked, label, 0, vocab_tiles, V, H,
         stride_xn, stride_xh, stride_wv, stride_wh, logit_scale, softcap,
         ARGMAX, CLASS_WEIGHT, SMOOTHING, BIAS, HAS_SCALE, HAS_SOFTCAP, LAYOUT, EVEN_K, M, N, K,
     )  # fmt: skip
@@ -226,7 +236,14 @@ def repair_tokens(
         V, ignore_index, smoothing, lse_square_scale,
         PER_TOKEN, Z_OUTPUT, ACCURACY, COUNTS, PREDICTED, TOKEN_SCALING, CLASS_WEIGHT, SMOOTHING,
     )  # fmt: skip
+    if row_argmax is not None:
+        store_metrics(
+            token, walked, label, walked, argmax, correct, num_valid, num_correct, predicted,
+            PER_TOKEN, ACCURACY, COUNTS, PREDICTED,
+        )  # fmt: skip
     if KEEP:
+        if tl.max(again.to(tl.int32), 0) == 0:
+            return
         base = finite_or_zero(row_max)
         for vocab_tile in range(0, vocab_tiles):
             column = vocab_tile * N + tl.arange(0, N)

@@ -103,15 +103,26 @@ def store_token(
     tl.store(saved_base + token, tl.where(valid, base, 0.0), mask=in_range)
     tl.store(saved_log_sum + token, tl.where(valid, log_sum, 0.0), mask=in_range)
     if ACCURACY or COUNTS or PREDICTED:
-        prediction = tl.where(valid, argmax_column(argmax), -1)
-        is_correct = valid & (prediction == label)
-        if PREDICTED:
-            tl.store(predicted + token, prediction.to(predicted.dtype.element_ty), mask=in_range)
-        if ACCURACY or (COUNTS and not PER_TOKEN):
-            tl.store(correct + token, is_correct.to(tl.float32), mask=in_range)
-        if COUNTS and PER_TOKEN:
-            tl.store(num_valid + token, valid.to(num_valid.dtype.element_ty), mask=in_range)
-            tl.store(num_correct + token, is_correct.to(num_correct.dtype.element_ty), mask=in_range)
+        store_metrics(
+            token, in_range, label, valid, argmax, correct, num_valid, num_correct, predicted,
+            PER_TOKEN, ACCURACY, COUNTS, PREDICTED,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_metrics(
+    token, in_range, label, valid, argmax, correct, num_valid, num_correct, predicted,
+    PER_TOKEN: tl.constexpr, ACCURACY: tl.constexpr, COUNTS: tl.constexpr, PREDICTED: tl.constexpr,
+):  # fmt: skip
+    prediction = tl.where(valid, argmax_column(argmax), -1)
+    is_correct = valid & (prediction == label)
+    if PREDICTED:
+        tl.store(predicted + token, prediction.to(predicted.dtype.element_ty), mask=in_range)
+    if ACCURACY or (COUNTS and not PER_TOKEN):
+        tl.store(correct + token, is_correct.to(tl.float32), mask=in_range)
+    if COUNTS and PER_TOKEN:
+        tl.store(num_valid + token, valid.to(num_valid.dtype.element_ty), mask=in_range)
+        tl.store(num_correct + token, is_correct.to(num_correct.dtype.element_ty), mask=in_range)
 
 
 @triton.jit

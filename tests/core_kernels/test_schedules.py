@@ -190,7 +190,7 @@ METRICS = Options(reduction="sum", return_token_accuracy=True)
 
 @pytest.mark.parametrize(
     ("options", "metrics"),
-    [(PLAIN, set()), (METRICS, {"token_correct", "tile_max", "tile_argmax"})],
+    [(PLAIN, set()), (METRICS, {"token_correct", "tile_max", "row_argmax"})],
     ids=["plain", "metrics"],
 )
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def summing(tile: Tile, layout: str, product: str) -> dict[str, str]:
 # Kernel, product, layout of the weight, and the flags that are on.
 KERNELS = [
     ("project_statistics", "keep", "vh", {"KEEP": True}),
+    ("project_statistics", "keep", "vh", {"KEEP": True, "LARGEST": True, "HAS_SCALE": True}),
     ("project_statistics", "keep", "hv", {"KEEP": True, "ARGMAX": True, "HAS_SOFTCAP": True}),
     ("project_statistics", "project", "vh", {"ARGMAX": True, **EVERY_OPTION}),
     ("slab_gradient", "slab", "vh", {}),
