@@ -217,8 +217,8 @@ def repair_tokens(
         again = again | (log_sum > MOST_NATS)
     walked = again
     if row_argmax is not None:
-        column = tl.load(row_argmax + first_rank + rank, mask=inside, other=0)
-        walked = again | (column == NO_COLUMN)
+        found = tl.load(row_argmax + first_rank + rank, mask=inside, other=0)
+        walked = again | (found == NO_COLUMN)
     if tl.max(walked.to(tl.int32), 0) == 0:
         return
     label = tl.load(labels + token, mask=walked, other=-1).to(tl.int64)
