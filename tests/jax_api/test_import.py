@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.support import interpreting
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="its interpreters see no TRITON_INTERPRET: plain runs have it")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
