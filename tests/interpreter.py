@@ -11,11 +11,14 @@ from triton.runtime import interpreter
 
 
 def save_time() -> None:
-    _patch_language_once_a_launch()
+    """Where this Triton has what it takes: these are names of its own, of 3.9."""
+    if hasattr(interpreter, "_patch_lang"):
+        _patch_language_once_a_launch()
     # Of every sum and product of integers it computes whether they overflow, and asserts it only in debug mode.
     builder = interpreter.interpreter_builder
-    if not builder.options.debug:
-        builder.options = replace(builder.options, sanitize_overflow=False)
+    options = getattr(builder, "options", None)
+    if hasattr(options, "sanitize_overflow") and not options.debug:
+        builder.options = replace(options, sanitize_overflow=False)
 
 
 def _patch_language_once_a_launch() -> None:
