@@ -69,6 +69,8 @@ def _cases() -> list[Case]:
         ("far", {"data": "far"}),
         ("far_every_option", {"data": "far", "class_weight": True, "options": {**SERVED, "softcap": 60.0}}),
         ("shared_labels", {"data": "shared_labels", "leading": (37,), "class_weight": True, "options": SERVED}),
+        ("shared_by_17", {"data": "shared_labels", "leading": (38,)}),  # one and a block of others
+        ("shared_by_50", {"data": "shared_labels", "leading": (71,)}),
         ("one_token", {"leading": (1,)}),
         ("one_class", {"vocab": 1, "options": {"lse_square_scale": 0.01}}),
         ("one_hidden", {"hidden": 1}),
