@@ -17,7 +17,8 @@ from tests.support import on_gpu
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = BENCHMARKS / "results"
-ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+COMPILE_FASTER = "--xla_backend_optimization_level=0"  # what is compiled runs for a moment
+ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "XLA_FLAGS": COMPILE_FASTER}
 AS_THE_SUITE = {} if on_gpu() else ON_CPU
 
 
