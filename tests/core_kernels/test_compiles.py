@@ -39,7 +39,6 @@ SERVED = replace(EVERYTHING, label_smoothing=0.0, use_token_scaling=True)  # by 
 FOUND = replace(SERVED, softcap=None)  # and their argmax by them
 PER_TOKEN = replace(FOUND, reduction="none", return_counts=True)
 
-
 TILE, ROW = Tile(32, 64, 16, group=2, warps=4, stages=2), Row(256, 4)  # small, and of no two equal sides
 TILES = Tiles(TILE, TILE, TILE, TILE, TILE, ROW, ROW, processors=132, overlap=False)
 
@@ -53,7 +52,7 @@ def type_of(value: Any) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def compiling(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+def compiling(kernel: Any) -> Callable[..., None]:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -63,30 +62,28 @@ def compiling(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         given = dict(zip(kernel.arg_names, args, strict=False))
         fixed |= {name: None for name, value in given.items() if value is None}
         signature = {n: "constexpr" if n in fixed else type_of(given[n]) for n in kernel.arg_names}
-        key = (kernel.__name__, *signature.values(), *fixed.items(), *others.items())
-        if key not in COMPILED:
-            source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): fixed[name] for name in fixed})
-            triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=others)
-            COMPILED.add(key)
-        LAUNCHED.append(kernel.__name__)
+        source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): fixed[name] for name in fixed})
+        triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=others)
 
     return compile_launch
 
 
-COMPILED: set[tuple] = set()
-LAUNCHED: list[str] = []
-
-
 @pytest.fixture
-def for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """Names of the kernels that steps launch, which are planned as for a GPU."""
+    names: set[str] = set()
+
+    def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+        names.add(kernel.__name__)
+        return compiling(kernel)
+
     planning = sys.modules["core_kernels.plan"]
     monkeypatch.setattr(planning, "choose_engine", lambda engine, device: "triton")
     monkeypatch.setattr(planning, "choose_tiles", lambda device, dtype, hidden: TILES)
     for name in ("triton_engine", "triton_loss", "triton_ahead", "triton_gradient"):
-        monkeypatch.setattr(importlib.import_module(f"core_kernels.{name}"), "launching", compiling)
+        monkeypatch.setattr(importlib.import_module(f"core_kernels.{name}"), "launching", launching)
     planning.plan.cache_clear()
-    LAUNCHED.clear()
-    yield
+    yield names
     planning.plan.cache_clear()
 
 
@@ -110,8 +107,6 @@ STEPS = {
     "kept, strided": Step("loss", linear(hidden=33, dtype=torch.bfloat16, bias=False), PER_TOKEN, keep=True),
     "ahead": Step("loss", linear(hidden=48, dtype=torch.bfloat16, bias=False), FOUND, ahead=("x", "weight")),
 }
-
-
 OWN_KERNELS = {
     "logits": ("cross_entropy_forward", "cross_entropy_backward"),
     "plain slabs": ("project_statistics", "slab_gradient", "weight_gradient", "input_gradient"),
@@ -125,16 +120,16 @@ OWN_KERNELS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_every_kernel_of_a_step_compiles(name: str, for_a_gpu: None) -> None:
+def test_every_kernel_of_a_step_compiles(name: str, compiled: set[str]) -> None:
     loss = STEPS[name]
     inputs = random_inputs(loss, CPU)
     run(loss.gradient(differentiable(loss.problem)), inputs | run(loss, inputs))
-    assert set(OWN_KERNELS[name]) <= set(LAUNCHED)
+    assert set(OWN_KERNELS[name]) <= compiled
 
 
-def test_every_kernel_of_a_sharded_step_compiles(for_a_gpu: None) -> None:
+def test_every_kernel_of_a_sharded_step_compiles(compiled: set[str]) -> None:
     loss = Step("loss", linear(vocab=256, dtype=torch.bfloat16), EVERYTHING)
     inputs, shard = random_inputs(loss, CPU), sharded(loss, 2)
     parts = [run(shard, each)["shard_statistics"] for each in shard_inputs(inputs, 2)]
     run(loss.of_kind("combine"), inputs | {"shard_statistics": torch.stack(parts)})
-    assert {"shard_statistics", "finish_shard", "finish_tokens"} <= set(LAUNCHED)
+    assert {"shard_statistics", "finish_shard", "finish_tokens"} <= compiled

@@ -97,6 +97,8 @@ def test_every_kernel_compiles_for_hopper_and_fits(
         tensors = summing(tile, layout, product)
     else:
         tensors = projecting(tile, layout, "exponentials" if product == "keep" else "slab")
+    if flags.get("LARGEST"):  # of exponentials, with their dtype
+        tensors |= {"tile_max": "*bf16"}
     fixed: dict[str, Any] = {
         "LAYOUT": layout, "M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group,
         "STAGES": tile.stages, "PARTS": tile.parts,
