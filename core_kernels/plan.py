@@ -222,11 +222,10 @@ def _statistics(step: Step, part: str, parts: int, ranks: int) -> list[Buffer]:
     relative = step.keep or step.ahead  # to the label's logit
     names = ["sum", *(["smooth"] if step.options.label_smoothing > 0 else [])]
     buffers = [Buffer(f"{part}_{name}", (parts, ranks), torch.float32) for name in names]
-    if step.finds_argmax:
-        return [*buffers, Buffer(f"{part}_max", (parts, ranks), step.problem.dtype)]
     if step.options.needs_argmax or not relative:
-        buffers.append(Buffer(f"{part}_max", (parts, ranks), torch.float32))
-    if step.options.needs_argmax:
+        dtype = step.problem.dtype if step.finds_argmax else torch.float32
+        buffers.append(Buffer(f"{part}_max", (parts, ranks), dtype))
+    if step.options.needs_argmax and not step.finds_argmax:
         buffers.append(Buffer(f"{part}_argmax", (parts, ranks), torch.int32))
     return buffers
 

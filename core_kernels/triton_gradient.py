@@ -230,7 +230,7 @@ def weight_gradient(
 
 def finish_label_rows(plan: Plan, t: Tensors, label_rows: Tensor, out: Tensor, ranks: int, by_slot: bool) -> None:
     x = t["x"]
-    launching(rows.finish_label_rows, (ranks, triton.cdiv(plan.problem.hidden, LABEL_BLOCK)))(
+    launching(rows.finish_label_rows, (ranks, hidden_blocks(plan, LABEL_BLOCK)))(
         x,
         t["sorted_labels"],
         t["sorted_tokens"],

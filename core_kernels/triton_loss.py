@@ -33,7 +33,7 @@ from core_kernels.tiles import Tile
 TOKEN_BLOCK, PARTS_BLOCK = 8, 128  # tokens that one program finishes, and parts that it reads at a time
 REDUCE_BLOCK = 1024
 FOUND_ROWS, FOUND_BLOCK = 4, 1024  # tokens whose argmax one program finds, and hidden units that it takes at a time
-LABEL_BLOCK = 64
+LABEL_TOKENS = 64  # whose labels' logits one program projects, at most
 HIDDEN_BLOCK = 1024
 
 
@@ -154,16 +154,16 @@ def linear_shard(plan: Plan, t: Tensors) -> None:
 def linear_combine(plan: Plan, t: Tensors) -> None:
     known = t["shard_statistics"]
     shards, rows, n = known.shape
-    row_max, row_sum, target, smooth, argmax = _shard_statistics(plan, known[0])
+    row_max, row_sum, target, row_smooth, row_argmax = _shard_statistics(plan, known[0])
     sum_class_weight(plan, t)
-    _finish_tokens(plan, t, target, (row_max, row_sum, smooth, argmax), 0, n, rows * n, shards)
+    _finish_tokens(plan, t, target, (row_max, row_sum, row_smooth, row_argmax), 0, n, rows * n, shards)
     reduce_tokens(plan, t)
 
 
-def hidden_blocks(plan: Plan) -> int:
+def hidden_blocks(plan: Plan, block: int = HIDDEN_BLOCK) -> int:
     """Into how many programs a kernel over rows splits each."""
     assert plan.problem.hidden is not None
-    return triton.cdiv(plan.problem.hidden, HIDDEN_BLOCK)
+    return triton.cdiv(plan.problem.hidden, block)
 
 
 def gather_rows(
@@ -243,7 +243,7 @@ def reduce_tokens(plan: Plan, t: Tensors) -> None:
 
 def _project_labels(plan: Plan, t: Tensors) -> None:
     tile = plan.tiles.keep if "exponentials" in t else plan.tiles.project
-    block = min(tile.m, LABEL_BLOCK)
+    block = min(tile.m, LABEL_TOKENS)
     launching(project.project_labels, (triton.cdiv(plan.problem.tokens, block),))(
         t["x"],
         t["weight"],

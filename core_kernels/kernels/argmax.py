@@ -81,6 +81,6 @@ def find_columns(
             near += there.to(tl.int32)
             later = comes_near & (column > candidate[:, None]) & (near <= MOST_NEAR)[:, None]
             candidate = first_of(later, column, 1)
-        later = (largest >= least[None, :]) & (tile > near_tile[None, :]) & (near <= MOST_NEAR)[None, :]
+        later = is_near & (tile > near_tile[None, :]) & (near <= MOST_NEAR)[None, :]
         near_tile = first_of(later, tile, 0)
     tl.store(row_argmax + first_rank + rank, tl.where(near <= MOST_NEAR, argmax, NO_COLUMN), mask=mine)

@@ -13,6 +13,7 @@ from core_kernels.engine import interpreting
 INTERPRETED = tl.constexpr(interpreting())
 ON_NVIDIA = tl.constexpr(torch.version.hip is None and not interpreting())
 LOG2_E = tl.constexpr(1.4426950408889634)
+LARGE = tl.constexpr(2e38)
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-2147483648)
 
@@ -61,15 +62,24 @@ def exp2(x):
 
 @triton.jit
 def exponent_of(base):
-    """For ``exp_from``: ``base * log2(e)``, and the factor of what is summed that makes up for its rounding."""
-    exponent = base * LOG2_E
-    return exponent, exp2(-tl.fma(base, LOG2_E, -exponent))
+    """For ``exp_from``: ``base * log2(e)``, and the factor of ``z`` that goes with it.
+
+    The factor is 1 where the product would leave float32's range: what differs there differs by more than all nats.
+    """
+    factor = tl.where(tl.abs(base) < LARGE, LOG2_E, 1.0)
+    return base * factor, factor
 
 
 @triton.jit
-def exp_from(z, exponent):
+def exp_from(z, exponent, factor):
     """``exp(z - base)`` by two instructions, on an NVIDIA GPU."""
-    return exp2(tl.fma(z, LOG2_E, -exponent))
+    return exp2(tl.fma(z, factor, -exponent))
+
+
+@triton.jit
+def correction_of(base, exponent, factor):
+    """What a sum of ``exp_from`` is times, to make up for the rounding of the exponent."""
+    return exp2(-tl.fma(base, factor, -exponent))
 
 
 @triton.jit
@@ -206,7 +216,8 @@ def logits_gradient(
         p = exp((z - base) - log_sum)
         g = tl.where(columns == label, p - 1.0, p)
     else:  # where nothing is subtracted from it, an error of 1e-7 times the lse is far below what is rounded
-        p = exp_from(z, (base + log_sum) * LOG2_E)
+        exponent, factor = exponent_of(base + log_sum)
+        p = exp_from(z, exponent, factor)
         g = p
     g = g * target
     if SMOOTHING or Z_LOSS:

@@ -26,7 +26,7 @@ from core_kernels.kernels.hopper import (
     store_sums,
     store_tile,
 )
-from core_kernels.kernels.logits import cap_logits, exp_from, exponent_of, finite_or_zero, round_to
+from core_kernels.kernels.logits import cap_logits, correction_of, exp_from, exponent_of, finite_or_zero, round_to
 from core_kernels.kernels.products import count_sums, find_sum
 from core_kernels.kernels.projection import add_bias, grouped_tile
 from core_kernels.kernels.slab import load_rows, tile_gradient
@@ -87,12 +87,12 @@ def take_statistics(
         if SMOOTHING:
             store_smooth(z, at, inside, column, column < columns, class_weight, tile_smooth, CLASS_WEIGHT)
         if KEEP:
-            exponent, correction = exponent_of(base)
+            exponent, factor = exponent_of(base)
             total = gl.zeros_like(base)
             parts = halves(z)
             for side in gl.static_range(2):  # the second is worked on while the first is stored
                 half = parts[side]
-                p = exp_from(half, of_rows(exponent, half)[:, None])
+                p = exp_from(half, of_rows(exponent, half)[:, None], of_rows(factor, half)[:, None])
                 total += of_rows(gl.sum(p, 1), z)
                 kept = round_to(scaled_by_slope(p, half, softcap, HAS_SOFTCAP), exponentials.dtype)
                 if LARGEST:
@@ -103,12 +103,13 @@ def take_statistics(
                         folded = larger(folded, few)
                 at_block = [first_row + first + PART * (M // PARTS), vocab_tile * N + side * (N // 2)]
                 store_block(exponentials, buffers.index(PART), at_block, kept, False)
-            total *= correction
+            total *= correction_of(base, exponent, factor)
             if LARGEST:
                 top = of_rows(gl.max(folded.to(gl.float32), 1), z)
         else:
-            exponent, correction = exponent_of(finite_or_zero(top))
-            total = gl.sum(exp_from(z, exponent[:, None]), 1) * correction
+            base = finite_or_zero(top)
+            exponent, factor = exponent_of(base)
+            total = gl.sum(exp_from(z, exponent[:, None], factor[:, None]), 1) * correction_of(base, exponent, factor)
         gl.store(tile_sum + at, total, mask=inside)  # these last: a fence waits for what was stored before it
         if ARGMAX or LARGEST or not KEEP:
             gl.store(tile_max + at, top, mask=inside)

@@ -238,7 +238,7 @@ def repair_tokens(
     )  # fmt: skip
     if row_argmax is not None:
         store_metrics(
-            token, walked, label, walked, argmax, correct, num_valid, num_correct, predicted,
+            token, walked & ~again, label, walked, argmax, correct, num_valid, num_correct, predicted,
             PER_TOKEN, ACCURACY, COUNTS, PREDICTED,
         )  # fmt: skip
     if KEEP:

@@ -22,10 +22,12 @@ from tests.trust.never_again import (
     SLABS,
     Way,
     agree,
+    cycled,
     in_every_way,
     in_ways,
     per_token_in_every_way,
     run,
+    scheduled,
 )
 
 SIXTEEN_BITS = (
@@ -122,6 +124,27 @@ def test_8_logits_around_10000_lose_no_more_than_float32_does(way: Way, frontend
             array.mul_(8).round_().div_(8)
             array[:, 0] = 100.0
     agree(frontend, way, case, inputs)
+
+
+@in_every_way
+def test_8_logits_near_the_end_of_float32_agree_with_float64(way: Way, frontend: str) -> None:
+    """A class of 3e38 nats, which times log2(e) are too many, is almost every token's label; metrics or none."""
+    case, top = way.case("end_of_float32"), 40
+    inputs = make_inputs(case)
+    if way.operation == "logits":
+        inputs.arrays["logits"][:, top] = 3e38
+    else:
+        inputs.arrays["x"][:, 0] = 1
+        inputs.arrays["weight"][top] = 0
+        inputs.arrays["weight"][top, 0] = 3e38
+    inputs = replace(inputs, labels=cycled([top], 7))
+    inputs.labels[3] = 5
+    ours = agree(frontend, way, case, inputs)
+    assert 1e37 < ours["loss"] < 1e38
+    with scheduled(way):
+        bare = frontends.run_torch(case, inputs, suite_device(), metrics={})
+    for name, value in bare.items():
+        np.testing.assert_array_equal(value, ours[name])
 
 
 # ---- a large vocab
