@@ -13,13 +13,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import torch
 from contenders import HALF_IGNORED, SCALING, evaluation_contenders, training_contenders
+from kernel_times import measure_kernels
 from logits_step import measure_logits
 from measure import Clock, check, release, time_calls, time_rows
 from problems import floor, make_problems, projection, reference
 from results import Results, table
 from shapes import SIZES, Size
 
-PARTS = ("shapes", "logits", "scaling")
+PARTS = ("shapes", "kernels", "logits", "scaling")
 
 
 def measure_shape(size: Size, device: str, clock: Clock, skip: set[str], small: bool) -> dict[str, dict]:
@@ -90,14 +91,19 @@ def main() -> None:
     results = Results(arguments.out, device, arguments.commit, dtype="bfloat16")
     start = time.perf_counter()
 
-    for name in names if "shapes" in arguments.parts else ():
-        size = sizes.shapes[name]
-        sections = measure_shape(size, device, clock, skip, name in sizes.small)
-        results.add("shapes", name, value={"size": size, **sections})
-        for section, rows in sections.items():
-            print(table(f"{name} {size}, {section}", rows), "\n")
-        print(f"{time.perf_counter() - start:.0f} s\n", flush=True)
-        release()
+    for name in names:
+        size, small = sizes.shapes[name], name in sizes.small
+        if "shapes" in arguments.parts:
+            sections = measure_shape(size, device, clock, skip, small)
+            results.add("shapes", name, value={"size": size, **sections})
+            for section, rows in sections.items():
+                print(table(f"{name} {size}, {section}", rows), "\n")
+            print(f"{time.perf_counter() - start:.0f} s\n", flush=True)
+            release()
+        if "kernels" in arguments.parts and device == "cuda" and not small:
+            results.add("kernels", name, value={"size": size, "ms": measure_kernels(size, device, brief)})
+            print(f"{name}, kernels: {time.perf_counter() - start:.0f} s\n", flush=True)
+            release()
     if "logits" in arguments.parts:
         rows = measure_logits(sizes.logits, device, brief, skip)
         results.add("logits", value={"size": sizes.logits, "rows": rows})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -83,16 +84,24 @@ def reference(problem: Problem, rows: int = 1024) -> Result:
     return Result(loss / count, grad_x, grad_weight, predicted)
 
 
-def floor(problem: Problem):
+def products(problem: Problem) -> dict[str, Callable[[], Tensor]]:
     """The three products of a step over full shapes, on random data. All tokens count, ignored or not."""
     x, weight = problem.x.detach(), problem.weight.detach()
     logits = torch.empty(len(x), len(weight), device=x.device, dtype=x.dtype)
     grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    return {
+        "logits": lambda: torch.mm(x, weight.T, out=logits),
+        "dX": lambda: torch.mm(logits, weight, out=grad_x),
+        "dW": lambda: torch.mm(logits.T, x, out=grad_weight),
+    }
+
+
+def floor(problem: Problem) -> Callable[[], None]:
+    three = products(problem).values()
 
     def step() -> None:
-        torch.mm(x, weight.T, out=logits)
-        torch.mm(logits, weight, out=grad_x)
-        torch.mm(logits.T, x, out=grad_weight)
+        for product in three:
+            product()
 
     return step
 

@@ -18,6 +18,13 @@ ROOT = Path(__file__).parent.parent
 BASES = {"training": "floor", "half ignored": "floor", "evaluation": "one projection"}
 BETTER = {"ratio": ("is faster", 2), "extra_mib": ("takes fewer MiB", 0)}  # with the digits that count
 CALLS = ("waited_us", "host_us", "pipelined_us")
+VENDOR = "vendor"
+KERNELS = {  # the vendor's product that each is beside, and what it does
+    "project_statistics": ("logits", "logits and their statistics"),
+    "slab_gradient": ("logits", "logits again, and their gradient"),
+    "input_gradient": ("dX", "dX"),
+    "weight_gradient": ("dW", "dW"),
+}
 
 
 def summary(results: dict) -> str:
@@ -69,6 +76,14 @@ def details(results: dict) -> str:
                 " where none is waited for / the time of each of those."
             ),
             calls_table(shapes, called),
+        ]
+    if "kernels" in results:
+        parts += [
+            prose(
+                "Where the time goes: milliseconds of a step in each product, and over the vendor's of the same"
+                " operands, which took turns with the step; then in all other kernels."
+            ),
+            kernels_table(results["kernels"]),
         ]
     if "logits" in results:
         parts += [
@@ -145,6 +160,26 @@ def calls_table(shapes: dict, names: list[str]) -> str:
     for label in labels_of(shapes, names, "training"):
         body.append([label, *(calls(shapes[name]["training"].get(label, {})) for name in names)])
     return markdown(["", *(f"{name} {by(shapes[name]['size'])}" for name in names)], body)
+
+
+def kernels_table(kernels: dict) -> str:
+    def product(shape: dict, step: str, name: str, kernel: str) -> str:
+        ms = shape["ms"][step][kernel]
+        return f"{ms:.2f} ({ms / shape['ms'][VENDOR][name]:.3f})"
+
+    def others(times: dict[str, float]) -> str:
+        return f"{sum(ms for kernel, ms in times.items() if kernel not in KERNELS):.2f}"
+
+    first = next(iter(kernels.values()))["ms"]
+    body = []
+    for name in first[VENDOR]:
+        body.append([f"vendor: {name}", *(f"{shape['ms'][VENDOR][name]:.2f}" for shape in kernels.values())])
+    for step in [step for step in first if step != VENDOR]:
+        for kernel, (name, what) in KERNELS.items():
+            if kernel in first[step]:
+                body.append([f"{step}: {what}", *(product(each, step, name, kernel) for each in kernels.values())])
+        body.append([f"{step}: other kernels", *(others(shape["ms"][step]) for shape in kernels.values())])
+    return markdown(["", *kernels], body)
 
 
 def logits_table(rows: dict[str, dict]) -> str:

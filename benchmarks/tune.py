@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from contenders import METRICS, evaluation, training, twinhead
+from kernel_times import kernel_ms
 from problems import make_problems
 from shapes import SIZES
 
@@ -52,16 +53,6 @@ ROW_KERNELS = {"forward": "cross_entropy_forward", "backward": "cross_entropy_ba
 ROUNDS = 2
 
 
-def kernel_ms(step: Callable[[], Any], kernel: str) -> float:
-    """Milliseconds that ``kernel`` takes in a step: in every launch of it, after one step that is not counted."""
-    step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
-    return sum(event.device_time_total for event in profile.key_averages() if event.key == kernel) / 1e3
-
-
 def use(chosen: tiles.Tiles) -> None:
     """Plan with these tiles from now on."""
     PLAN.choose_tiles = lambda *_: chosen
@@ -76,7 +67,7 @@ def fastest(name: str, candidates: list, steps: list[Callable], kernel: str, bes
         for candidate, found in times.items():
             use(replace(best, **{name: candidate}))
             try:
-                found.append(sum(kernel_ms(step, kernel) for step in steps))
+                found.append(sum(kernel_ms(step)[kernel] for step in steps))
             except Exception as error:  # it does not fit this GPU
                 if "out of resource" not in str(error):
                     raise
