@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-import time
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from contenders import METRICS, evaluation, training, twinhead
-from measure import Clock, seconds, wait
+from measure import wait
 from problems import make_problems, products
 from shapes import Size
+from torch.autograd import DeviceType
 
 STEPS = {
     "speed": training(twinhead(memory="speed")),
@@ -22,28 +23,35 @@ STEPS = {
     "evaluation, metrics": evaluation(twinhead(**METRICS)),
 }
 VENDOR = "vendor"
-BURST_SECONDS = 0.3  # of calls that follow each other, so that the card is as hot as in training
+BURST_SECONDS = 0.4  # of calls that follow each other, and as many before them: the card is as hot as in training
+ROUNDS = 3
 
 
 def kernel_ms(step: Callable[[], Any], calls: int = 1) -> dict[str, float]:
-    """Milliseconds of a call in each kernel, after one call that does not count."""
+    """Milliseconds of a call in each kernel, after as many calls that do not count. A launch that starts before others
+    have ended takes time from then on.
+    """
     step()
     wait()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(calls):
+        for _ in range(2 * calls):
             step()
         wait()
-    times = {event.key: event.device_time_total / 1e3 / calls for event in profile.key_averages()}
-    return {name: ms for name, ms in times.items() if ms > 0}
+    launches = [(event.time_range, event.name) for event in profile.events() if event.device_type == DeviceType.CUDA]
+    launches.sort(key=lambda launch: launch[0].start)
+    times, ended = defaultdict(float), 0.0
+    for taken, name in launches[len(launches) // 2 :]:
+        times[name] += max(0.0, taken.end - max(taken.start, ended)) / 1e3 / calls
+        ended = max(ended, taken.end)
+    return dict(times)
 
 
-def product_ms(three: dict[str, Callable], calls: int) -> dict[str, float]:
-    """Milliseconds of each of the vendor's products, which alternate as those of a step do."""
+def product_ms(three: dict[str, Callable], calls: int = 1) -> dict[str, float]:
+    """Milliseconds of each of the vendor's products, which alternate as those of a step do; likewise."""
     order = [name for _ in range(calls) for name in three]
-    for product in three.values():
-        product()
-    wait()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(order) + 1)]
+    for name in order:
+        three[name]()
     marks[0].record()
     for name, mark in zip(order, marks[1:], strict=True):
         three[name]()
@@ -55,25 +63,21 @@ def product_ms(three: dict[str, Callable], calls: int) -> dict[str, float]:
     return times
 
 
-def measure_kernels(size: Size, device: str, clock: Clock) -> dict[str, dict[str, float]]:
+def measure_kernels(size: Size, device: str) -> dict[str, dict[str, float]]:
     """Medians of the milliseconds of each kernel, by step, and of the vendor's products, in shuffled rounds."""
     problem = make_problems(size, device)["random"]
-    steps = {label: prepare(problem) for label, prepare in STEPS.items()}
     three = products(problem)
-    turns: dict[str, Callable[[], dict[str, float]]] = {}
-    for label, step in steps.items():
-        step()
-        turns[label] = partial(kernel_ms, step, max(1, round(BURST_SECONDS / seconds(step))))
-    whole = sum(product_ms(three, 1).values()) / 1e3
-    turns[VENDOR] = partial(product_ms, three, max(1, round(BURST_SECONDS / whole)))
+    times: dict[str, Callable[[int], dict[str, float]]] = {VENDOR: partial(product_ms, three)}
+    times |= {label: partial(kernel_ms, prepare(problem)) for label, prepare in STEPS.items()}
+    calls = {label: max(1, round(BURST_SECONDS * 1e3 / sum(turn(1).values()))) for label, turn in times.items()}
 
-    found: dict[str, list[dict[str, float]]] = {label: [] for label in turns}
-    order, shuffle, start = list(turns), random.Random(0).shuffle, time.perf_counter()
-    while not clock.over(len(found[VENDOR]), time.perf_counter() - start):
+    found: dict[str, list[dict[str, float]]] = {label: [] for label in times}
+    order, shuffle = list(times), random.Random(0).shuffle
+    for _ in range(ROUNDS):
         shuffle(order)
         for label in order:
-            found[label].append(turns[label]())
+            found[label].append(times[label](calls[label]))
     return {
-        label: {name: median(times.get(name, 0.0) for times in rounds) for name in rounds[0]}
-        for label, rounds in found.items()
+        label: {name: median(turn.get(name, 0.0) for turn in turns) for name in turns[0]}
+        for label, turns in found.items()
     }

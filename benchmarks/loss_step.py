@@ -101,7 +101,7 @@ def main() -> None:
             print(f"{time.perf_counter() - start:.0f} s\n", flush=True)
             release()
         if "kernels" in arguments.parts and device == "cuda" and not small:
-            results.add("kernels", name, value={"size": size, "ms": measure_kernels(size, device, brief)})
+            results.add("kernels", name, value={"size": size, "ms": measure_kernels(size, device)})
             print(f"{name}, kernels: {time.perf_counter() - start:.0f} s\n", flush=True)
             release()
     if "logits" in arguments.parts:

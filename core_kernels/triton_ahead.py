@@ -20,6 +20,7 @@ from core_kernels.triton_gradient import (
 )
 from core_kernels.triton_loss import (
     REDUCE_BLOCK,
+    REDUCE_WARPS,
     gather_rows,
     prepare_tokens,
     project_tokens,
@@ -69,4 +70,5 @@ def _mean_divisors(plan: Plan, t: Tensors) -> None:
         plan.options.ignore_index,
         CLASS_WEIGHT=plan.problem.has_class_weight,
         BLOCK=REDUCE_BLOCK,
+        num_warps=REDUCE_WARPS,
     )

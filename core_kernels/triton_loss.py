@@ -30,8 +30,8 @@ from core_kernels.plan import Plan
 from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 from core_kernels.tiles import Tile
 
-TOKEN_BLOCK, PARTS_BLOCK = 8, 128  # tokens that one program finishes, and parts that it reads at a time
-REDUCE_BLOCK = 1024
+TOKEN_BLOCK, PARTS_BLOCK, PARTS_WARPS = 16, 128, 8  # tokens that one program finishes; parts it reads at a time
+REDUCE_BLOCK, REDUCE_WARPS = 4096, 16
 FOUND_ROWS, FOUND_BLOCK = 4, 1024  # tokens whose argmax one program finds, and hidden units that it takes at a time
 LABEL_TOKENS = 64  # whose labels' logits one program projects, at most
 HIDDEN_BLOCK = 1024
@@ -148,6 +148,7 @@ def linear_shard(plan: Plan, t: Tensors) -> None:
         SMOOTHING=plan.options.label_smoothing > 0,
         BLOCK=TOKEN_BLOCK,
         PARTS=PARTS_BLOCK,
+        num_warps=PARTS_WARPS,
     )
 
 
@@ -204,13 +205,14 @@ def compact_valid_tokens(plan: Plan, t: Tensors) -> None:
         plan.options.ignore_index,
         POSITION="valid_position" in t,
         BLOCK=REDUCE_BLOCK,
+        num_warps=REDUCE_WARPS,
     )
 
 
 def sum_class_weight(plan: Plan, t: Tensors) -> None:
     if "class_weight_sum" in t:
         launching(tokens.sum_class_weight, (1,))(
-            t["class_weight"], t["class_weight_sum"], plan.problem.vocab, BLOCK=REDUCE_BLOCK
+            t["class_weight"], t["class_weight_sum"], plan.problem.vocab, BLOCK=REDUCE_BLOCK, num_warps=REDUCE_WARPS
         )
 
 
@@ -238,6 +240,7 @@ def reduce_tokens(plan: Plan, t: Tensors) -> None:
         COUNTS=plan.options.return_counts,
         CLASS_WEIGHT=plan.problem.has_class_weight,
         BLOCK=REDUCE_BLOCK,
+        num_warps=REDUCE_WARPS,
     )
 
 
@@ -300,6 +303,7 @@ def _finish_tokens(
         **metric_flags(plan),
         BLOCK=TOKEN_BLOCK,
         PARTS=PARTS_BLOCK,
+        num_warps=PARTS_WARPS,
     )
 
 

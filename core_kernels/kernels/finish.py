@@ -17,10 +17,10 @@ def merge_parts(
     Sums are relative to their part's maximum, or ``RELATIVE`` to a ``base`` that all of a token's parts share. A NaN's
     column is offset to below 0, so that it wins over the column of the maximum, and the lowest column over others.
     """
-    row_max = tl.full([BLOCK], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK], tl.float32)
-    smooth = tl.zeros([BLOCK], tl.float32)
-    argmax = tl.full([BLOCK], NO_COLUMN, tl.int32)
+    tops = tl.full([PARTS, BLOCK], float("-inf"), tl.float32)  # of every PARTS-th part; merged after the loop
+    sums = tl.zeros([PARTS, BLOCK], tl.float32)
+    smooth = tl.zeros([PARTS, BLOCK], tl.float32)
+    columns = tl.full([PARTS, BLOCK], NO_COLUMN, tl.int32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
         at = part.to(tl.int64)[:, None] * stride + position[None, :]
@@ -28,23 +28,23 @@ def merge_parts(
         total = tl.load(part_sum + at, mask=mask, other=0.0)
         if ARGMAX or not RELATIVE:
             top = tl.load(part_max + at, mask=mask, other=float("-inf"))
-            block_max = tl.max(top, 0)
-            new_max = tl.maximum(row_max, block_max)
+            larger = tl.maximum(tops, top)
             if not RELATIVE:
-                total = total * tl.exp(top - finite_or_zero(new_max)[None, :])
-                row_sum = row_sum * tl.exp(row_max - finite_or_zero(new_max))
+                total = total * tl.exp(top - finite_or_zero(larger))
+                sums = sums * tl.exp(tops - finite_or_zero(larger))
             if ARGMAX:
                 column = tl.load(part_argmax + at, mask=mask, other=NO_COLUMN)
-                wins = (column < 0) | (top == block_max[None, :])
-                column = tl.min(tl.where(wins, column, NO_COLUMN), 0)
-                argmax = merge_argmax(row_max, argmax, block_max, column)
-            row_max = new_max
-        row_sum += tl.sum(total, 0)
+                columns = merge_argmax(tops, columns, top, column)
+            tops = larger
+        sums += total
         if SMOOTHING:
-            smooth += tl.sum(tl.load(part_smooth + at, mask=mask, other=0.0), 0)
+            smooth += tl.load(part_smooth + at, mask=mask, other=0.0)
+    row_max = tl.max(tops, 0)
     if not RELATIVE:
         base = row_max
-    return base, row_sum, smooth, argmax
+        sums = sums * tl.exp(tops - finite_or_zero(base)[None, :])
+    wins = (columns < 0) | (tops == row_max[None, :])
+    return base, tl.sum(sums, 0), tl.sum(smooth, 0), tl.min(tl.where(wins, columns, NO_COLUMN), 0)
 
 
 @triton.jit
