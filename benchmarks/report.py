@@ -47,7 +47,10 @@ def summary(results: dict) -> str:
         targets_table(TARGETS, shapes, [name for name in HEADS if name in shapes]),
         targets_table(TARGETS, shapes, [name for name in SMALL if name in shapes]),
         targets_table(LOGITS, results, ["logits"]) if "logits" in results else "",
-        "Where a peer is ahead of the best of ours:",
+        prose(
+            "Where a peer is ahead of the best of ours; in brackets what it pays: its time over the floor, and the worst"
+            " of its gradients' errors over ours, where that is 2 or more:"
+        ),
         "\n".join(f"- {line}" for line in ahead(shapes)) or "- Nowhere, of what was measured.",
         "![Time over floor and extra memory against tokens and vocab](docs/benchmark_scaling.png)"
         if "scaling" in results
@@ -199,20 +202,30 @@ def ahead(shapes: dict) -> list[str]:
         for table in BASES:
             for key, (verb, digits) in BETTER.items():
                 rows = {label: row for label, row in sections[table].items() if key in row and "failed" not in row}
-                ours = [row[key] for label, row in rows.items() if label.startswith("twinhead")]
+                ours = [row for label, row in rows.items() if label.startswith("twinhead")]
                 if not ours or (key == "extra_mib" and name in SMALL):
                     continue
-                best = f"{min(ours):.{digits}f}"
+                least = min(ours, key=lambda row: row[key])
+                best = f"{least[key]:.{digits}f}"
                 for label in labels_of(shapes, [name], table):
                     if label in rows and float(shown := f"{rows[label][key]:.{digits}f}") < float(best):
-                        place = f"{shown} against {best} at {name}" + price(rows[label], key)
+                        place = f"{shown} against {best} at {name}" + price(rows[label], least, key)
                         found.setdefault((table, verb, label), []).append(place)
     return [f"{table}: {label} {verb}, {'; '.join(places)}." for (table, verb, label), places in found.items()]
 
 
-def price(row: dict, key: str) -> str:
-    """The time that memory is saved at."""
-    return f" (at {row['ratio']:.2f} in time)" if key == "extra_mib" and "ratio" in row else ""
+def price(row: dict, ours: dict, key: str) -> str:
+    """The time that memory is saved at, and how much larger the worst of a gradient's errors is than ours."""
+    paid = [f"{row['ratio']:.2f} in time"] if key == "extra_mib" and "ratio" in row else []
+    errors = [
+        row[data][name] / ours[data][name]
+        for data in ("random", "peaked", "half ignored")
+        for name in ("dx_error", "dw_error")
+        if name in row.get(data, {}) and name in ours.get(data, {})
+    ]
+    if errors and max(errors) >= 2:
+        paid.append(f"{max(errors):.1f} times the error")
+    return f" (at {' and '.join(paid)})" if paid else ""
 
 
 def report(results: dict, root: Path) -> None:

@@ -170,6 +170,35 @@ def test_the_report_turns_a_file_into_pages_and_plots(file: Path, toy: dict[str,
     assert (tmp_path / "docs/benchmark_scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
+
+def test_a_peer_that_is_ahead_is_named_with_what_it_pays(modules: None) -> None:
+    from report import ahead
+
+    def row(ratio: float, extra_mib: float, error: float) -> dict:
+        return {"ratio": ratio, "extra_mib": extra_mib, "random": {"dx_error": error, "dw_error": 0.1}}
+
+    training = {"twinhead torch, speed": row(1.1, 200, 0.1), "twinhead torch, lean": row(1.4, 100, 0.1)}
+    training |= {"quick": row(1.0, 300, 0.1), "rough": row(1.1, 50, 0.25), "slow": row(2.0, 150, 0.1)}
+    training |= {"failed": {**row(0.5, 10, 0.1), "failed": "OutOfMemoryError"}, "floor": {"ratio": 1.0}}
+    assert ahead({"shape": {"training": training, "half ignored": {}, "evaluation": {}}}) == [
+        "training: quick is faster, 1.00 against 1.10 at shape.",
+        "training: rough takes fewer MiB, 50 against 100 at shape (at 1.10 in time and 2.5 times the error).",
+    ]
+
+
+def test_kernels_are_shown_beside_the_vendors_products(modules: None) -> None:
+    from report import kernels_table
+
+    kernels = {"project_statistics": 11.0, "input_gradient": 12.0, "weight_gradient": 10.0, "sort": 0.2, "gather": 0.1}
+    times = {"vendor": {"logits": 10.0, "dX": 10.0, "dW": 20.0}, "speed": kernels}
+    lines = kernels_table({"shape": {"size": [1, 2, 3], "ms": times}}).splitlines()
+    assert lines[5:] == [
+        "| speed: logits and their statistics | 11.00 (1.100) |",
+        "| speed: dX | 12.00 (1.200) |",
+        "| speed: dW | 10.00 (0.500) |",
+        "| speed: other kernels | 0.30 |",
+    ]
+
 def test_pages_say_what_the_committed_results_do(tmp_path: Path) -> None:
     for page, text in report(RESULTS / "h100.json", PAGES, tmp_path).items():
         assert text == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
