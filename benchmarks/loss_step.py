@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
     parser.add_argument("--device", choices=SIZES, default="cuda", help="on a CPU sizes are toys")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of kernels on a GPU alone")
     parser.add_argument("--shapes", nargs="+", help="names of shapes, of all of them if left out")
     parser.add_argument("--skip", nargs="+", default=[], help="names of contenders to leave out")
     parser.add_argument("--seconds", type=float, default=8.0, help="how long the training steps of a shape take turns")

@@ -48,8 +48,8 @@ def summary(results: dict) -> str:
         targets_table(TARGETS, shapes, [name for name in SMALL if name in shapes]),
         targets_table(LOGITS, results, ["logits"]) if "logits" in results else "",
         prose(
-            "Where a peer is ahead of the best of ours; in brackets what it pays: its time over the floor, and the worst"
-            " of its gradients' errors over ours, where that is 2 or more:"
+            "Where a peer is ahead of the best of ours; in brackets what it pays: its time over the floor (of an"
+            " evaluation over one projection), and, from twice ours on, the worst of its gradients' errors over ours:"
         ),
         "\n".join(f"- {line}" for line in ahead(shapes)) or "- Nowhere, of what was measured.",
         "![Time over floor and extra memory against tokens and vocab](docs/benchmark_scaling.png)"
@@ -166,22 +166,21 @@ def calls_table(shapes: dict, names: list[str]) -> str:
 
 
 def kernels_table(kernels: dict) -> str:
-    def product(shape: dict, step: str, name: str, kernel: str) -> str:
-        ms = shape["ms"][step][kernel]
-        return f"{ms:.2f} ({ms / shape['ms'][VENDOR][name]:.3f})"
+    shapes = [shape["ms"] for shape in kernels.values()]
+
+    def product(times: dict, step: str, name: str, kernel: str) -> str:
+        ms = times[step].get(kernel)
+        return "-" if ms is None else f"{ms:.2f} ({ms / times[VENDOR][name]:.3f})"
 
     def others(times: dict[str, float]) -> str:
         return f"{sum(ms for kernel, ms in times.items() if kernel not in KERNELS):.2f}"
 
-    first = next(iter(kernels.values()))["ms"]
-    body = []
-    for name in first[VENDOR]:
-        body.append([f"vendor: {name}", *(f"{shape['ms'][VENDOR][name]:.2f}" for shape in kernels.values())])
-    for step in [step for step in first if step != VENDOR]:
+    body = [[f"vendor: {name}", *(f"{times[VENDOR][name]:.2f}" for times in shapes)] for name in shapes[0][VENDOR]]
+    for step in [step for step in shapes[0] if step != VENDOR]:
         for kernel, (name, what) in KERNELS.items():
-            if kernel in first[step]:
-                body.append([f"{step}: {what}", *(product(each, step, name, kernel) for each in kernels.values())])
-        body.append([f"{step}: other kernels", *(others(shape["ms"][step]) for shape in kernels.values())])
+            if any(kernel in times[step] for times in shapes):
+                body.append([f"{step}: {what}", *(product(times, step, name, kernel) for times in shapes)])
+        body.append([f"{step}: other kernels", *(others(times[step]) for times in shapes)])
     return markdown(["", *kernels], body)
 
 

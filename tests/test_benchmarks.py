@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -170,7 +173,6 @@ def test_the_report_turns_a_file_into_pages_and_plots(file: Path, toy: dict[str,
     assert (tmp_path / "docs/benchmark_scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-
 def test_a_peer_that_is_ahead_is_named_with_what_it_pays(modules: None) -> None:
     from report import ahead
 
@@ -189,15 +191,37 @@ def test_a_peer_that_is_ahead_is_named_with_what_it_pays(modules: None) -> None:
 def test_kernels_are_shown_beside_the_vendors_products(modules: None) -> None:
     from report import kernels_table
 
-    kernels = {"project_statistics": 11.0, "input_gradient": 12.0, "weight_gradient": 10.0, "sort": 0.2, "gather": 0.1}
-    times = {"vendor": {"logits": 10.0, "dX": 10.0, "dW": 20.0}, "speed": kernels}
-    lines = kernels_table({"shape": {"size": [1, 2, 3], "ms": times}}).splitlines()
+    vendor = {"logits": 10.0, "dX": 10.0, "dW": 20.0}
+    kept = {"project_statistics": 11.0, "input_gradient": 12.0, "weight_gradient": 10.0, "sort": 0.2, "gather": 0.1}
+    slabs = kept | {"slab_gradient": 13.0}
+    times = {"kept": {"vendor": vendor, "speed": kept}, "slabs": {"vendor": vendor, "speed": slabs}}
+    lines = kernels_table({name: {"size": [1, 2, 3], "ms": ms} for name, ms in times.items()}).splitlines()
     assert lines[5:] == [
-        "| speed: logits and their statistics | 11.00 (1.100) |",
-        "| speed: dX | 12.00 (1.200) |",
-        "| speed: dW | 10.00 (0.500) |",
-        "| speed: other kernels | 0.30 |",
+        "| speed: logits and their statistics | 11.00 (1.100) | 11.00 (1.100) |",
+        "| speed: logits again, and their gradient | - | 13.00 (1.300) |",
+        "| speed: dX | 12.00 (1.200) | 12.00 (1.200) |",
+        "| speed: dW | 10.00 (0.500) | 10.00 (0.500) |",
+        "| speed: other kernels | 0.30 | 0.30 |",
     ]
+
+
+def test_a_kernel_that_overlaps_the_one_before_takes_what_is_left(
+    modules: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four calls, the last two of which count: each of a product for 5 us, and one that begins in its middle."""
+    import kernel_times
+    from torch.autograd import DeviceType
+
+    def launch(name: str, start: float, end: float) -> SimpleNamespace:
+        time_range = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=DeviceType.CUDA, time_range=time_range)
+
+    calls = [[launch("second", at + 3, at + 9), launch("first", at, at + 5)] for at in (0.0, 20.0, 40.0, 70.0)]
+    events = [*itertools.chain(*calls), SimpleNamespace(device_type=DeviceType.CPU)]
+    profile = nullcontext(SimpleNamespace(events=lambda: events))
+    monkeypatch.setattr(kernel_times.torch.profiler, "profile", lambda activities: profile)
+    assert kernel_times.kernel_ms(lambda: None, calls=2) == pytest.approx({"first": 5e-3, "second": 4e-3})
+
 
 def test_pages_say_what_the_committed_results_do(tmp_path: Path) -> None:
     for page, text in report(RESULTS / "h100.json", PAGES, tmp_path).items():

@@ -148,13 +148,15 @@ def taken(step: Step) -> str:
     return "kept" if step.keep else "ahead" if step.ahead else "slabs"
 
 
-def run(frontend: str, way: Way, case: Case, inputs: Inputs) -> Results:
+def run(
+    frontend: str, way: Way, case: Case, inputs: Inputs, metrics: dict[str, bool] = frontends.METRICS
+) -> Results:
     """Outputs, and gradients by all inputs."""
     with scheduled(way):
         return (
-            frontends.run_torch(case, inputs, suite_device())
+            frontends.run_torch(case, inputs, suite_device(), metrics=metrics)
             if frontend == "torch"
-            else frontends.run_jax(case, inputs)
+            else frontends.run_jax(case, inputs, metrics=metrics)
         )
 
 

@@ -27,7 +27,6 @@ from tests.trust.never_again import (
     in_ways,
     per_token_in_every_way,
     run,
-    scheduled,
 )
 
 SIXTEEN_BITS = (
@@ -127,23 +126,24 @@ def test_8_logits_around_10000_lose_no_more_than_float32_does(way: Way, frontend
 
 
 @in_every_way
-def test_8_logits_near_the_end_of_float32_agree_with_float64(way: Way, frontend: str) -> None:
-    """A class of 3e38 nats, which times log2(e) are too many, is almost every token's label; metrics or none."""
-    case, top = way.case("end_of_float32"), 40
+@pytest.mark.parametrize("nats", [1e5, 1e8, 1e12, 3e38] if not interpreting() else [1e5, 3e38])
+def test_8_logits_up_to_the_end_of_float32_agree_with_float64(way: Way, frontend: str, nats: float) -> None:
+    """A class of so many nats, whose product with log2(e) is rounded or too large, is almost every token's label;
+    with metrics, and without any.
+    """
+    case, top = way.case("far"), 40
     inputs = make_inputs(case)
     if way.operation == "logits":
-        inputs.arrays["logits"][:, top] = 3e38
+        inputs.arrays["logits"][:, top] = nats
     else:
         inputs.arrays["x"][:, 0] = 1
         inputs.arrays["weight"][top] = 0
-        inputs.arrays["weight"][top, 0] = 3e38
+        inputs.arrays["weight"][top, 0] = nats
     inputs = replace(inputs, labels=cycled([top], 7))
     inputs.labels[3] = 5
     ours = agree(frontend, way, case, inputs)
-    assert 1e37 < ours["loss"] < 1e38
-    with scheduled(way):
-        bare = frontends.run_torch(case, inputs, suite_device(), metrics={})
-    for name, value in bare.items():
+    assert nats / 8 < ours["loss"] < nats / 6  # of one token in seven
+    for name, value in run(frontend, way, case, inputs, metrics={}).items():
         np.testing.assert_array_equal(value, ours[name])
 
 
