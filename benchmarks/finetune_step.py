@@ -11,15 +11,8 @@ every position and the token accuracy: from the fused loss, or else by an argmax
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
-import platform
-import random
-import subprocess
-import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +20,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
+from measure import Clock, release, take_turns, wait
+from results import Results
 from tabulate import tabulate
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,17 +93,11 @@ def contenders(model: LlamaForCausalLM, batch: dict[str, Tensor]) -> dict[str, C
     }
 
 
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def peak(step: Callable[[], Any]) -> float | None:
     """GiB at the highest point of a step, weights, gradients and the optimizer's state included."""
     if DEVICE.type != "cuda":
         return None
-    gc.collect()
-    torch.cuda.empty_cache()
+    release()
     torch.cuda.reset_peak_memory_stats()
     step()
     wait()
@@ -123,28 +112,6 @@ def agreement(steps: dict[str, Callable[[], dict[str, Tensor]]]) -> dict[str, fl
         "loss_difference": float((ours["loss"] - theirs["loss"]).abs() / theirs["loss"]),
         "same_predictions": float((ours["predicted"] == theirs["predicted"])[valid].float().mean()),
     }
-
-
-def take_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, in rounds of shuffled order: what ran before, and the card's heat, favour nobody."""
-    order = list(steps)
-    shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 2):  # the first two warm the card up
-        shuffle(order)
-        for name in order:
-            wait()
-            start = time.perf_counter()
-            steps[name]()
-            wait()
-            if turn >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def versions() -> dict[str, str]:
-    packages = ("torch", "triton", "transformers")
-    return {"python": platform.python_version()} | {package: metadata.version(package) for package in packages}
 
 
 def main() -> None:
@@ -167,24 +134,17 @@ def main() -> None:
         step()
     agree = agreement(steps)
     peaks = {name: peak(step) for name, step in steps.items()}
-    times = take_turns(steps, arguments.rounds)
+    times, failures = take_turns(steps, Clock(0.0, arguments.rounds, arguments.rounds))
+    if failures:
+        raise SystemExit(str(failures))
     rows = {
         name: {"ms": median(found), "ms_min": min(found), "ms_max": max(found), "peak_gib": peaks[name]}
         for name, found in times.items()
     }
-    results = {
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "CPU",
-        "versions": versions(),
-        "commit": arguments.commit or subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
-        "dtype": "bfloat16",
-        "model": sizes,
-        "batch": [arguments.batch, arguments.length],
-        "checkpointing": arguments.checkpointing,
-        "agreement": agree,
-        "rows": rows,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    setup = {"model": sizes, "batch": [arguments.batch, arguments.length], "checkpointing": arguments.checkpointing}
+    results = Results(arguments.out, DEVICE.type, arguments.commit, dtype="bfloat16", **setup)
+    results.add("agreement", value=agree)
+    results.add("rows", value=rows)
     table = [[name, row["ms"], row["peak_gib"]] for name, row in rows.items()]
     print(tabulate(table, ["step", "ms", "peak GiB"], floatfmt=("", ".1f", ".2f"), missingval="-"))
     print(", ".join(f"{name} {value:.3g}" for name, value in agree.items()))

@@ -13,7 +13,7 @@ import torch
 from tabulate import tabulate
 
 PACKAGES = (
-    "torch", "triton", "jax", "optax", "liger-kernel", "cut-cross-entropy", "quack-kernels", "tokamax",
+    "torch", "triton", "jax", "optax", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "tokamax",
 )  # fmt: skip
 COLUMNS = (
     "ms", "ratio", "extra_mib", "loss_error", "dx_error", "dw_error", "predictions_wrong",
