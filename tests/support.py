@@ -8,10 +8,16 @@ from contextlib import contextmanager
 import torch
 
 from core_kernels.engine import interpreting as interpreting
+from core_kernels.tiles import can_specialize
 
 
 def on_gpu() -> bool:
     return torch.cuda.is_available() and not interpreting()
+
+
+def on_hopper() -> bool:
+    """Whether the kernels for Hopper run."""
+    return on_gpu() and torch.cuda.get_device_capability()[0] == 9 and can_specialize()
 
 
 def suite_device() -> torch.device:

@@ -13,6 +13,7 @@ from core_kernels import Options, Step, for_gradient, plan
 from core_kernels.engine import interpreting
 from core_kernels.tiles import INTERPRETED, PRODUCTS, Tile, Tiles, can_specialize, choose_tiles, measured
 from tests.core_kernels.problems import EVERYTHING, differentiable, differentiate, linear, random_inputs
+from tests.support import on_hopper
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="Gluon is compiled, and has no interpreter")
 
@@ -118,10 +119,6 @@ def test_every_kernel_compiles_for_hopper_and_fits(
 def test_rows_that_no_slab_fills_whole_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^slab\.m must be a multiple of grad_weight\.k"):
         replace(INTERPRETED, slab=replace(INTERPRETED.slab, m=48))
-
-
-def on_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and can_specialize()
 
 
 CASES = {

@@ -14,7 +14,7 @@ from core_kernels.tiles import INTERPRETED, Row, Tile, choose_tiles
 from tests.parity import framework, frontends
 from tests.parity.cases import Case, Inputs, make_inputs
 from tests.parity.closeness import EPSILON
-from tests.support import interpreting, on_gpu, suite_device
+from tests.support import interpreting, on_hopper, suite_device
 from tests.trust.never_again import (
     AHEAD,
     KEPT,
@@ -123,10 +123,6 @@ def test_8_logits_around_10000_lose_no_more_than_float32_does(way: Way, frontend
             array.mul_(8).round_().div_(8)
             array[:, 0] = 100.0
     agree(frontend, way, case, inputs)
-
-
-def on_hopper() -> bool:
-    return on_gpu() and torch.cuda.get_device_capability()[0] == 9
 
 
 @in_every_way
