@@ -30,8 +30,8 @@ from core_kernels.plan import Plan
 from core_kernels.step import SHARD_MAX, SHARD_SUM, SHARD_TARGET
 from core_kernels.tiles import Tile
 
-TOKEN_BLOCK, PARTS_BLOCK, PARTS_WARPS = 16, 128, 8  # tokens that one program finishes; parts it reads at a time
-REDUCE_BLOCK, REDUCE_WARPS = 4096, 16
+TOKEN_BLOCK, PARTS_BLOCK, PARTS_WARPS = 16, 128, 8  # tokens that one program finishes, and parts it reads at a time
+REDUCE_BLOCK, REDUCE_WARPS = 4096, 16  # of a single program: few, wide steps, each of which waits for memory
 FOUND_ROWS, FOUND_BLOCK = 4, 1024  # tokens whose argmax one program finds, and hidden units that it takes at a time
 LABEL_TOKENS = 64  # whose labels' logits one program projects, at most
 HIDDEN_BLOCK = 1024

@@ -13,7 +13,9 @@ from core_kernels.engine import interpreting
 INTERPRETED = tl.constexpr(interpreting())
 ON_NVIDIA = tl.constexpr(torch.version.hip is None and not interpreting())
 LOG2_E = tl.constexpr(1.4426950408889634)
-LARGE = tl.constexpr(2e38)
+# Nats from 0 up to which rounding ``base * log2(e)`` changes exponentials by less than rounding them to bfloat16 does;
+# and those from which float32 numbers are 64 apart, so that an exponential is that of 0, or as good as 0.
+FAR, SPARSE = tl.constexpr(2.0**14), tl.constexpr(2.0**30)
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-2147483648)
 
@@ -62,17 +64,18 @@ def exp2(x):
 
 @triton.jit
 def exponent_of(base):
-    """For ``exp_from``: ``base * log2(e)``, and the factor of ``z`` that goes with it.
-
-    The factor is 1 where the product would leave float32's range: what differs there differs by more than all nats.
+    """For ``exp_from``: ``base * log2(e)``, and the factor of ``z`` that goes with it: 1 where numbers are ``SPARSE``,
+    and the rounding of the product would be more than an exponent of 2 has room for.
     """
-    factor = tl.where(tl.abs(base) < LARGE, LOG2_E, 1.0)
+    factor = tl.where(tl.abs(base) < SPARSE, LOG2_E, 1.0)
     return base * factor, factor
 
 
 @triton.jit
 def exp_from(z, exponent, factor):
-    """``exp(z - base)`` by two instructions, on an NVIDIA GPU."""
+    """``exp(z - base)`` by two instructions, on an NVIDIA GPU; of all of a row times one factor, near 1 unless the base
+    is ``FAR``.
+    """
     return exp2(tl.fma(z, factor, -exponent))
 
 
@@ -203,19 +206,19 @@ def gradient_coefficients(
 
 @triton.jit
 def logits_gradient(
-    z, labelled, columns, in_vocab, label, base, log_sum, soft, target, uniform,
+    z, exact, columns, in_vocab, label, base, log_sum, soft, target, uniform,
     class_weight, logit_scale, softcap,
     CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above.
 
-    ``labelled``: whether some label may be among the columns.
+    ``exact``: whether some label may be among the columns, or some ``lse`` is ``FAR``.
     """
-    if labelled:
+    if exact:
         p = exp((z - base) - log_sum)
         g = tl.where(columns == label, p - 1.0, p)
-    else:  # where nothing is subtracted from it, an error of 1e-7 times the lse is far below what is rounded
+    else:  # where nothing is subtracted from it, and the lse is not far, its error is below what is rounded
         exponent, factor = exponent_of(base + log_sum)
         p = exp_from(z, exponent, factor)
         g = p

@@ -68,13 +68,13 @@ def load_rows(
 
 @triton.jit
 def tile_gradient(
-    z, rows, labelled, column, columns, class_weight, shard, logit_scale, softcap,
+    z, rows, exact, column, columns, class_weight, shard, logit_scale, softcap,
     CLASS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of raw logits, in float32; what is past the slab is not stored.
 
-    ``labelled``: whether some label may be among the columns.
+    ``exact``: whether some label may be among the columns, or some ``lse`` is ``FAR``.
     """
     label, base, log_sum, soft, target, uniform = rows
     z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
@@ -82,7 +82,7 @@ def tile_gradient(
     if CLASS_WEIGHT:
         weights += shard
     return logits_gradient(
-        z, labelled, column[None, :], (column < columns)[None, :], label[:, None], base[:, None],
+        z, exact, column[None, :], (column < columns)[None, :], label[:, None], base[:, None],
         log_sum[:, None], soft[:, None], target[:, None], uniform[:, None],
         weights, logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
     )  # fmt: skip

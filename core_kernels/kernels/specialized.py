@@ -26,7 +26,15 @@ from core_kernels.kernels.hopper import (
     store_sums,
     store_tile,
 )
-from core_kernels.kernels.logits import cap_logits, correction_of, exp_from, exponent_of, finite_or_zero, round_to
+from core_kernels.kernels.logits import (
+    FAR,
+    cap_logits,
+    correction_of,
+    exp_from,
+    exponent_of,
+    finite_or_zero,
+    round_to,
+)
 from core_kernels.kernels.products import count_sums, find_sum
 from core_kernels.kernels.projection import add_bias, grouped_tile
 from core_kernels.kernels.slab import load_rows, tile_gradient
@@ -182,7 +190,8 @@ def take_gradient(
             token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform, SMOOTHING, Z_LOSS
         )
         label_column = rows[0] - (first_column + vocab_tile * N)
-        labelled = gl.max(((label_column >= 0) & (label_column < N)).to(gl.int32), 0) > 0  # most tiles have no label
+        labelled = (label_column >= 0) & (label_column < N)
+        exact = gl.max((labelled | (gl.abs(rows[1]) > FAR)).to(gl.int32), 0) > 0  # most tiles have no label
         z, stage, phase = multiply_tile(
             ring, gl.cdiv(H, K), stage, phase, PART, False, LAYOUT == "hv", M, N, STAGES, PARTS
         )
@@ -194,7 +203,7 @@ def take_gradient(
             if BIAS:
                 half = add_bias(half, bias, column, columns)
             g = tile_gradient(
-                half, rows_as_held(rows, half), labelled, column, columns, class_weight, shard,
+                half, rows_as_held(rows, half), exact, column, columns, class_weight, shard,
                 logit_scale, softcap, CLASS_WEIGHT, SMOOTHING, Z_LOSS, HAS_SCALE, HAS_SOFTCAP,
             )  # fmt: skip
             store_half(slab, buffers.index(PART), first + PART * (M // PARTS), at_column, g, False)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from core_kernels.kernels.logits import (
+    FAR,
     NO_COLUMN,
     exp,
     final_logits,
@@ -203,8 +204,8 @@ def repair_tokens(
     LAYOUT: tl.constexpr, EVEN_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of ranks,). Of ``ranks`` valid tokens from the ``first_rank``-th, those whose sum is NaN, or too
-    large to keep its terms, again: relative to the maximum; and the metrics of those whose ``row_argmax``, if there is
-    one, was not found.
+    large to keep its terms, or whose kept terms are relative to a ``FAR`` logit, again: relative to the maximum; and
+    the metrics of those whose ``row_argmax``, if there is one, was not found.
 
     There are next to none, so most programs end at once.
     """
@@ -214,7 +215,8 @@ def repair_tokens(
     log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
     again = log_sum != log_sum
     if KEEP:
-        again = again | (log_sum > MOST_NATS)
+        base = tl.load(saved_base + token, mask=inside, other=0.0)
+        again = again | (log_sum > MOST_NATS) | (tl.abs(base) > FAR)
     walked = again
     if row_argmax is not None:
         found = tl.load(row_argmax + first_rank + rank, mask=inside, other=0)
