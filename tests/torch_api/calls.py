@@ -42,16 +42,16 @@ def random_arguments(
     loss_fn: Loss, device: torch.device, leading: tuple[int, ...] = (7,), seed: int = 0, vocab: int = VOCAB
 ) -> Arguments:
     """Every tensor argument of ``loss_fn``: those that can require grad do; the first and last token are ignored."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
 
-    target = torch.randint(0, vocab, leading, generator=generator)
+    target = torch.randint(0, vocab, leading, generator=generator, device="cpu")
     target.view(-1)[:1] = IGNORE
     target.view(-1)[-1:] = IGNORE
     arguments = {"target": target.to(device)}
-    class_weight = torch.rand(vocab, generator=generator).to(device) + 0.5
+    class_weight = torch.rand(vocab, generator=generator, device="cpu").to(device) + 0.5
     if loss_fn is torch_api.cross_entropy:
         leaves = {"input": 2.0 * normal(*leading, vocab)}
         arguments["weight"] = class_weight

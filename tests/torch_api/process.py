@@ -14,14 +14,16 @@ import torch.multiprocessing as mp
 Check = Callable[[], None]
 
 
-def on_every_rank(world: int, checks: dict[str, Check]) -> dict[str, str]:
-    """Run ``checks`` in turn on ``world`` processes with gloo; the tracebacks of those that failed, by name."""
+def on_every_rank(world: int, checks: dict[str, Check], device: str = "cpu") -> dict[str, str]:
+    """Run ``checks`` in turn on ``world`` processes with gloo, or with nccl on a GPU each, which is then where tensors
+    are made; the tracebacks of those that failed, by name.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = mp.get_context("spawn")
     failures = context.SimpleQueue()
-    mp.start_processes(_run, (world, port, checks, failures), nprocs=world, start_method="spawn")
+    mp.start_processes(_run, (world, port, device, checks, failures), nprocs=world, start_method="spawn")
     found: dict[str, str] = {}
     while not failures.empty():
         name, text = failures.get()
@@ -29,9 +31,13 @@ def on_every_rank(world: int, checks: dict[str, Check]) -> dict[str, str]:
     return found
 
 
-def _run(rank: int, world: int, port: int, checks: dict[str, Check], failures: Any) -> None:
+def _run(rank: int, world: int, port: int, device: str, checks: dict[str, Check], failures: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
+    backend = "nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     for name, check in checks.items():
         error = ""
         try:

@@ -1,4 +1,6 @@
-"""Vocabs sharded over processes, and batches over ranks, against one process. Checks run on two and on four."""
+"""Vocabs sharded over processes, and batches over ranks, against one process. Checks run on two and on four, and on two
+GPUs where there are.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.core_kernels.problems import HIDDEN, IGNORE
-from tests.support import interpreting
+from tests.support import interpreting, on_gpu
 from tests.torch_api.calls import METRICS, assert_all_close, random_arguments
 from tests.torch_api.process import Check, on_every_rank
 from torch_api import FusedLinearCrossEntropyLoss, cross_entropy, fused_linear_cross_entropy, parallel
@@ -41,9 +43,22 @@ def check(function: Check) -> Check:
 
 @pytest.mark.parametrize("world", (2,) if interpreting() else (2, 4))  # interpreted they take long
 def test_on_processes(world: int) -> None:
-    failures = on_every_rank(world, CHECKS)
+    report(on_every_rank(world, CHECKS))
+
+
+@pytest.mark.skipif(not on_gpu() or torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_gpus() -> None:
+    report(on_every_rank(2, CHECKS, "cuda"))
+
+
+def report(failures: dict[str, str]) -> None:
     if failures:
         pytest.fail("\n".join(f"{name}: {text}" for name, text in failures.items()), pytrace=False)
+
+
+def make_mesh(*shape: int, names: tuple[str, ...] | None = None) -> DeviceMesh:
+    """Of all ranks in a row, or of this shape."""
+    return init_device_mesh(torch.get_default_device().type, shape or (dist.get_world_size(),), mesh_dim_names=names)
 
 
 # ---- the same on every rank
@@ -53,7 +68,7 @@ def problem(
     vocab: int = VOCAB, dtype: torch.dtype = torch.float32, leading: tuple[int, ...] = (3, 5)
 ) -> dict[str, Tensor]:
     """The same on every rank; the first and the last token are ignored."""
-    arguments = random_arguments(fused_linear_cross_entropy, torch.device("cpu"), leading, vocab, vocab)
+    arguments = random_arguments(fused_linear_cross_entropy, torch.get_default_device(), leading, vocab, vocab)
     del arguments["ce_weight"]
     return {name: t.detach().to(dtype if t.is_floating_point() else t.dtype) for name, t in arguments.items()}
 
@@ -214,9 +229,12 @@ def a_second_derivative_raises() -> None:
 
 
 @check
-def a_bad_label_raises_on_every_rank() -> None:
+def a_bad_label_is_noticed_on_every_rank() -> None:
     tensors = sharded(problem())
     tensors["target"][1, 2] = VOCAB
+    if tensors["target"].is_cuda:  # which nobody waits for
+        assert run(tensors, process_group=dist.group.WORLD)["loss"].isnan()
+        return
     with pytest.raises(IndexError, match=rf"target\[1, 2\] = {VOCAB} is out of range"):
         run(tensors, process_group=dist.group.WORLD)
 
@@ -236,7 +254,7 @@ def a_module_has_a_group() -> None:
 @check
 def vocab_and_tokens_over_a_mesh() -> None:
     """Two ranks share a vocab; pairs of them have tokens of their own, and add up what they find."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "vocab"))
+    mesh = make_mesh(dist.get_world_size() // 2, 2, names=("data", "vocab"))
     tensors = problem(leading=(8,))
     own = dict(tensors)
     rows, part = mesh.get_local_rank("data"), mesh.get_local_rank("vocab")
@@ -288,7 +306,7 @@ def a_group_is_a_group() -> None:
 
 @check
 def a_dtensor_weight_says_how_it_is_sharded() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = make_mesh()
     for vocab in (VOCAB, 71, 69):  # the last ranks have fewer classes
         for options in OPTIONS[:3]:
             tensors, chosen = problem(vocab), options_of(options, vocab)
@@ -302,7 +320,7 @@ def a_dtensor_weight_says_how_it_is_sharded() -> None:
 
 @check
 def replicated_dtensors_are_whole() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = make_mesh()
     tensors = problem()
     names = ("input", "weight", "bias", "target")
     replicated = {name: distribute_tensor(tensors[name], mesh, [Replicate()]) for name in names}
@@ -320,7 +338,7 @@ def replicated_dtensors_are_whole() -> None:
 
 @check
 def items_may_be_a_dtensor() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = make_mesh()
     tensors = problem()
     own = tensors | {name: distribute_tensor(tensors[name], mesh, [Shard(0)]) for name in ("weight", "bias")}
     items = (distribute_tensor(tensors["target"].view(-1), mesh, [Shard(0)]) != IGNORE).sum()
@@ -331,7 +349,7 @@ def items_may_be_a_dtensor() -> None:
 @check
 def other_layouts_are_refused_by_name() -> None:
     world = dist.get_world_size()
-    mesh, plane = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world // 2, 2))
+    mesh, plane = make_mesh(), make_mesh(world // 2, 2)
     tensors = problem()
     x, weight, bias, target = (tensors[name] for name in ("input", "weight", "bias", "target"))
     good = distribute_tensor(weight, mesh, [Shard(0)])
@@ -391,7 +409,7 @@ def ddp_and_fsdp2_average_what_unequal_ranks_add_up() -> None:
     items = (tensors["target"] != IGNORE).sum()
     whole = trained(Model(), 1.0, tensors["input"], tensors["target"], items)
     x, target = mine(tensors["input"]), mine(tensors["target"])
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = make_mesh()
     for wrap in (DistributedDataParallel, lambda model: fully_shard(model, mesh=mesh)):
         got = trained(wrap(Model()), float(world), x, target, items)  # both average over ranks
         assert_all_close(got, whole)
