@@ -233,7 +233,7 @@ def a_bad_label_is_noticed_on_every_rank() -> None:
     tensors = sharded(problem())
     tensors["target"][1, 2] = VOCAB
     if tensors["target"].is_cuda:  # which nobody waits for
-        assert run(tensors, process_group=dist.group.WORLD)["loss"].isnan()
+        assert run(tensors, **METRICS, process_group=dist.group.WORLD)["loss"].isnan()
         return
     with pytest.raises(IndexError, match=rf"target\[1, 2\] = {VOCAB} is out of range"):
         run(tensors, process_group=dist.group.WORLD)
