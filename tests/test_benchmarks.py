@@ -226,3 +226,21 @@ def test_a_kernel_that_overlaps_the_one_before_takes_what_is_left(
 def test_pages_say_what_the_committed_results_do(tmp_path: Path) -> None:
     for page, text in report(RESULTS / "h100.json", PAGES, tmp_path).items():
         assert text == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
+def test_a_fine_tuning_step_is_timed_with_and_without_the_fused_loss(tmp_path: Path) -> None:
+    out = tmp_path / "finetune.json"
+    run_benchmark(
+        "finetune_step.py", "--tiny", "--rounds", "2", "--out", out, "--commit", "0123456789", TRITON_INTERPRET="0",
+        **ON_CPU,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert (found["device"], found["batch"]) == ("cpu", [2, 64])
+    kinds = ("", "evaluation: ")
+    assert {f"{kind}{name}, predictions" for kind in kinds for name in ("twinhead", "transformers")} < set(found["rows"])
+    for row in found["rows"].values():
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+    # transformers rounds its logits to bf16, where some tie that do not in float32
+    assert found["agreement"]["loss_difference"] < 2**-9
+    assert found["agreement"]["same_predictions"] > 0.9
