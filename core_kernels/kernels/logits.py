@@ -14,7 +14,7 @@ INTERPRETED = tl.constexpr(interpreting())
 ON_NVIDIA = tl.constexpr(torch.version.hip is None and not interpreting())
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Nats from 0 up to which rounding ``base * log2(e)`` changes exponentials by less than rounding them to bfloat16 does;
-# and those from which float32 numbers are 64 apart, so that an exponential is that of 0, or as good as 0.
+# and those from which float32 numbers are 64 apart or more, so that an exponential is that of 0, or as good as 0.
 FAR, SPARSE = tl.constexpr(2.0**14), tl.constexpr(2.0**30)
 NO_COLUMN = tl.constexpr(2147483647)
 NAN_COLUMN = tl.constexpr(-2147483648)
@@ -213,7 +213,7 @@ def logits_gradient(
 ):  # fmt: skip
     """Gradient of the loss by the raw logits, from final logits ``z`` and the row factors above.
 
-    ``exact``: whether some label may be among the columns, or some ``lse`` is ``FAR``.
+    ``exact``: whether some label may be among the columns, or some base is ``FAR``.
     """
     if exact:
         p = exp((z - base) - log_sum)

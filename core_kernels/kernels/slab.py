@@ -74,7 +74,7 @@ def tile_gradient(
 ):  # fmt: skip
     """The gradient of a tile of raw logits, in float32; what is past the slab is not stored.
 
-    ``exact``: whether some label may be among the columns, or some ``lse`` is ``FAR``.
+    ``exact``: whether some label may be among the columns, or some base is ``FAR``.
     """
     label, base, log_sum, soft, target, uniform = rows
     z = cap_logits(z, logit_scale, softcap, HAS_SCALE, HAS_SOFTCAP)

@@ -207,7 +207,7 @@ def repair_tokens(
     large to keep its terms, or whose kept terms are relative to a ``FAR`` logit, again: relative to the maximum; and
     the metrics of those whose ``row_argmax``, if there is one, was not found.
 
-    There are next to none, so most programs end at once.
+    There are next to none, so most programs end at once. Where there are many, this is slow: a program walks the vocab.
     """
     rank = tl.program_id(0) * M + tl.arange(0, M)
     inside = rank < tl.minimum(tl.load(valid_count) - first_rank, ranks)

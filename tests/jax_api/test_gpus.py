@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jax_api import fused_linear_ce
-from tests.jax_api.problems import IGNORED, METRICS, UPSTREAM, assert_close
+from tests.jax_api.problems import HIDDEN, IGNORED, METRICS, UPSTREAM, as_numpy, assert_close, assert_same_bits
 from tests.jax_api.sharded import (
     TOKENS,
     assert_as_whole,
@@ -23,7 +23,8 @@ from tests.jax_api.sharded import (
 )
 from tests.support import on_gpu
 
-pytestmark = pytest.mark.skipif(not on_gpu() or jax.local_device_count("gpu") < 2, reason="needs two GPUs")
+GPUS = [device for device in jax.local_devices() if device.platform == "gpu"]
+pytestmark = pytest.mark.skipif(not on_gpu() or len(GPUS) < 2, reason="needs two GPUs")
 
 PROBLEM = random_problem()
 OPTIONS: list[dict[str, Any]] = [
@@ -54,11 +55,16 @@ def test_tokens_over_two_have_the_mean_of_all() -> None:
 
 
 def test_each_device_has_its_own_call() -> None:
-    """One after the other, and none waits: what a plan recorded on one device is not launched on the other."""
-    call = jax.jit(lambda primals, labels: fused_linear_ce(**primals, labels=labels))
-    losses = []
-    for device in 2 * jax.local_devices(backend="gpu")[:2]:
-        primals, labels = jax.device_put((PROBLEM.primals, PROBLEM.labels), device)
-        losses.append(call(primals, labels))
-        assert losses[-1].devices() == {device}
-    assert len({float(loss) for loss in losses}) == 1 and jnp.isfinite(losses[0])
+    """In turn, over buffers that lie where they lay before: what was recorded on one device is not launched on the
+    other.
+    """
+    bf16 = {name: primal.astype(jnp.bfloat16) for name, primal in PROBLEM.primals.items() if name != "bias"}
+    padded = {name: jnp.pad(primal, ((0, 0), (0, -HIDDEN % 8))) for name, primal in bf16.items()}  # read in blocks
+    call = jax.jit(jax.value_and_grad(lambda primals, labels: fused_linear_ce(**primals, labels=labels)))
+    placed = [jax.device_put((padded, PROBLEM.labels), device) for device in GPUS[:2]]
+    first = jax.tree.map(as_numpy, call(*placed[0]))
+    for _ in range(4):
+        for device, arguments in zip(GPUS, placed, strict=False):
+            answer = jax.block_until_ready(call(*arguments))
+            assert all(array.devices() == {device} for array in jax.tree.leaves(answer))
+            assert_same_bits(jax.tree.map(as_numpy, answer), first)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 Check = Callable[[], None]
+
+TIMEOUT = timedelta(minutes=5)  # of a collective that another rank never comes to
 
 
 def on_every_rank(world: int, checks: dict[str, Check], device: str = "cpu") -> dict[str, str]:
@@ -21,23 +27,20 @@ def on_every_rank(world: int, checks: dict[str, Check], device: str = "cpu") -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    failures = context.SimpleQueue()
-    mp.start_processes(_run, (world, port, device, checks, failures), nprocs=world, start_method="spawn")
-    found: dict[str, str] = {}
-    while not failures.empty():
-        name, text = failures.get()
-        found[name] = f"{found.get(name, '')}\n{text}"
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        failures = Path(folder) / "failures.json"
+        mp.start_processes(_run, (world, port, device, checks, failures), nprocs=world, start_method="spawn")
+        return json.loads(failures.read_text())
 
 
-def _run(rank: int, world: int, port: int, device: str, checks: dict[str, Check], failures: Any) -> None:
+def _run(rank: int, world: int, port: int, device: str, checks: dict[str, Check], failures: Path) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
         torch.set_default_device("cuda")
     backend = "nccl" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group(backend, f"tcp://127.0.0.1:{port}", timeout=TIMEOUT, rank=rank, world_size=world)
+    found: dict[str, str] = {}
     for name, check in checks.items():
         error = ""
         try:
@@ -46,6 +49,8 @@ def _run(rank: int, world: int, port: int, device: str, checks: dict[str, Check]
             error = f"on rank {rank} of {world}:\n{traceback.format_exc()}"
         errors: list[Any] = [None] * world
         dist.all_gather_object(errors, error)  # a rank that failed is waited for, before the next check
-        if error:
-            failures.put((name, error))
+        if any(errors):
+            found[name] = "\n".join(filter(None, errors))
+    if rank == 0:
+        failures.write_text(json.dumps(found))
     dist.destroy_process_group()

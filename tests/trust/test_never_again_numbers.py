@@ -126,7 +126,7 @@ def test_8_logits_around_10000_lose_no_more_than_float32_does(way: Way, frontend
 
 
 @in_every_way
-@pytest.mark.parametrize("nats", [1e5, 1e8, 1e12, 3e38] if not interpreting() else [1e5, 3e38])
+@pytest.mark.parametrize("nats", [1.7e4, 1e5, 1e8, 1e9, 1e12, 3e38] if not interpreting() else [1e5, 3e38])
 def test_8_logits_up_to_the_end_of_float32_agree_with_float64(way: Way, frontend: str, nats: float) -> None:
     """A class of so many nats, whose product with log2(e) is rounded or too large, is almost every token's label;
     with metrics, and without any.
