@@ -21,8 +21,8 @@ LossFn = Callable[[Tensor, Tensor, Tensor], Tensor | tuple[Tensor, Tensor]]  # t
 METRICS = {"return_token_accuracy": True, "return_predicted_tokens": True}
 
 HALF_IGNORED = (
-    "twinhead torch, speed", "twinhead torch, auto", "twinhead torch, lean", "twinhead jax, speed",
-    "torch eager", "torch compile", "liger", "cce", "quack",
+    "twinhead torch, speed", "twinhead torch, speed, metrics", "twinhead torch, auto", "twinhead torch, lean",
+    "twinhead jax, speed", "torch eager", "torch compile", "liger", "cce", "quack",
 )  # fmt: skip
 SCALING = ("twinhead torch, speed", "twinhead torch, lean", "torch compile", "liger", "cce", "tokamax")
 

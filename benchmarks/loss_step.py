@@ -46,7 +46,7 @@ def measure_shape(size: Size, device: str, clock: Clock, skip: set[str], small: 
     expected.clear()
     release()
     if small:
-        time_calls(*sections["training"], rounds=clock.least)
+        time_calls(*sections["training"], rounds=clock.most)
     for name, (rows, steps) in sections.items():
         base, prepare = ("one projection", projection) if name == "evaluation" else ("floor", floor)
         budget = clock if name == "training" else replace(clock, seconds=clock.seconds / 2)

@@ -105,12 +105,14 @@ def time_rows(rows: dict[str, dict], steps: dict[str, Callable], base: str, cloc
 
 
 def time_calls(rows: dict[str, dict], steps: dict[str, Callable], rounds: int) -> None:
-    """Adds the times of a call to the rows: medians of the rounds, in which steps take turns."""
+    """Adds the times of a call to the rows: medians of the rounds, in which steps take turns in shuffled order."""
     found: dict[str, list[tuple[float, ...]]] = {label: [] for label in steps}
+    order, shuffle = list(steps), random.Random(0).shuffle
     for turn in range(rounds + 1):  # the first warms up
-        for label, step in steps.items():
+        shuffle(order)
+        for label in order:
             try:
-                times = call_times(step)
+                times = call_times(steps[label])
             except Exception as error:
                 rows[label]["failed"] = reason(error)
                 continue

@@ -15,6 +15,7 @@ from targets import SMALL
 
 AXES = {"tokens": 0, "vocab": 2}  # places in a size
 VALUES = {"ratio": "time over floor", "extra_mib": "extra MiB"}
+RATIOS = (1, 1.5, 2, 3, 5, 10)  # that are marked on an axis
 
 
 def draw(results: dict, folder: Path) -> None:
@@ -90,8 +91,10 @@ def scaling(results: dict) -> plt.Figure | None:
                 measured = [(at, rows[label][key]) for at, rows in points.items() if key in rows.get(label, {})]
                 if measured:
                     panel.plot(*zip(*measured, strict=True), color=colour[label], label=label, **style(label))
-            panel.set(xlabel=axis, ylabel=name, xscale="log", yscale="linear" if key == "ratio" else "log")
+            panel.set(xlabel=axis, ylabel=name, xscale="log", yscale="log")
             panel.set_xticks(list(points), labels=list(points))
+            if key == "ratio":
+                panel.set_yticks(RATIOS, labels=RATIOS)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
     panels[0, 0].legend()

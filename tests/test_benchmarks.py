@@ -58,7 +58,7 @@ def test_nothing_of_ours_fails_and_all_is_timed(toy: dict[str, dict]) -> None:
             assert row["ratio"] == pytest.approx(row["ms"] / rows[base]["ms"])
             assert row["rounds"] == 2
     assert len(_ours(toy["training"], "torch")) == 5
-    assert len(_ours(toy["half ignored"], "torch")) == 3
+    assert len(_ours(toy["half ignored"], "torch")) == 4
     assert len(_ours(toy["evaluation"], "torch")) == 2
 
 
@@ -96,7 +96,7 @@ def test_given_logits_are_compared_with_a_copy(results: dict) -> None:
     row, copy = rows["twinhead torch"], rows["copy"]
     assert row["random"]["dx_error"] <= 1.1 * rows["torch eager"]["random"]["dx_error"]
     assert row["forward_share"] == pytest.approx(copy["ms"] / 2 / row["forward_ms"])
-    assert row["backward_share"] == pytest.approx(copy["ms"] / row["backward_ms"])
+    assert row["backward_share"] == pytest.approx(copy["ms"] / (row["step_ms"] - row["forward_ms"]))
     assert copy["gb_per_s"] == pytest.approx(4 * 64 * 512 / copy["ms"] / 1e6)
 
 
@@ -174,7 +174,7 @@ def test_the_report_turns_a_file_into_pages_and_plots(file: Path, toy: dict[str,
 
 
 def test_a_peer_that_is_ahead_is_named_with_what_it_pays(modules: None) -> None:
-    from report import ahead
+    from report import ahead, ahead_in_both
 
     def row(ratio: float, extra_mib: float, error: float) -> dict:
         return {"ratio": ratio, "extra_mib": extra_mib, "random": {"dx_error": error, "dw_error": 0.1}}
@@ -182,10 +182,16 @@ def test_a_peer_that_is_ahead_is_named_with_what_it_pays(modules: None) -> None:
     training = {"twinhead torch, speed": row(1.1, 200, 0.1), "twinhead torch, lean": row(1.4, 100, 0.1)}
     training |= {"quick": row(1.0, 300, 0.1), "rough": row(1.1, 50, 0.25), "slow": row(2.0, 150, 0.1)}
     training |= {"failed": {**row(0.5, 10, 0.1), "failed": "OutOfMemoryError"}, "floor": {"ratio": 1.0}}
-    assert ahead({"shape": {"training": training, "half ignored": {}, "evaluation": {}}}) == [
+    shapes = {"shape": {"training": training, "half ignored": {}, "evaluation": {}}}
+    assert ahead(shapes) == [
         "training: quick is faster, 1.00 against 1.10 at shape.",
         "training: rough takes fewer MiB, 50 against 100 at shape (at 1.10 in time and 2.5 times the error).",
     ]
+    places = (
+        f"twinhead torch, {mode} at shape, 1.10 and 50 MiB against {ours} (at 2.5 times the error)"
+        for mode, ours in (("speed", "1.10 and 200"), ("lean", "1.40 and 100"))
+    )
+    assert ahead_in_both(shapes) == [f"training: rough is no slower and takes fewer MiB than {'; '.join(places)}."]
 
 
 def test_kernels_are_shown_beside_the_vendors_products(modules: None) -> None:
