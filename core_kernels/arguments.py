@@ -73,8 +73,6 @@ def gradient_flags(plan: Plan) -> dict[str, Any]:
 
 def blocks(tile: Tile) -> dict[str, Any]:
     pipeline = {"STAGES": tile.stages, "PARTS": tile.parts} if tile.specialized else {"num_stages": tile.stages}
-    if tile.cluster > 1:
-        pipeline["num_ctas"] = tile.cluster
     return {"M": tile.m, "N": tile.n, "K": tile.k, "GROUP": tile.group, "num_warps": tile.warps, **pipeline}
 
 
@@ -112,7 +110,7 @@ def fitting(tile: Tile, layout: str, sums: Tensor | None = None) -> Tile:
 
 def describe_sums(sums: Tensor, tile: Tile) -> Any:
     """Float32 sums in the blocks in which warps that specialise store them; others do by pointers."""
-    return describe(sums, [tile.m // tile.parts, tile.n // 4], tile, rows=0) if tile.specialized else sums
+    return describe(sums, [tile.m // tile.parts, tile.n // 4], tile) if tile.specialized else sums
 
 
 def kernel_for(
@@ -124,19 +122,13 @@ def kernel_for(
     return (getattr(specialized, kernel.__name__), by_descriptors) if tile.specialized else (kernel, by_pointers)
 
 
-def describe(matrix: Tensor, block: list[int], tile: Tile, rows: int | None = None) -> Any:
-    """A descriptor of blocks of ``matrix``, for a product of such a tile. ``rows``: which of a block's axes are rows of
-    the tile, if one is.
-    """
-    if not tile.specialized:
-        return TensorDescriptor.from_tensor(matrix, block)
-    return hopper.describe_block(matrix, block, tile.cluster, rows)
+def describe(matrix: Tensor, block: list[int], tile: Tile) -> Any:
+    """A descriptor of blocks of ``matrix``, for a product of such a tile."""
+    return (hopper.describe_block if tile.specialized else TensorDescriptor.from_tensor)(matrix, block)
 
 
-def describe_weight(weight: Tensor, layout: str, columns: int, hidden: int, tile: Tile, is_out: bool = False) -> Any:
+def describe_weight(weight: Tensor, layout: str, columns: int, hidden: int, tile: Tile) -> Any:
     """A weight, or its gradient, in blocks of so many columns of the vocab by hidden units."""
     if layout == "strided":
         return weight
-    if layout == "vh":
-        return describe(weight, [columns, hidden], tile, rows=0 if is_out else None)
-    return describe(weight.T, [hidden, columns], tile, rows=1 if is_out else None)
+    return describe(weight, [columns, hidden], tile) if layout == "vh" else describe(weight.T, [hidden, columns], tile)

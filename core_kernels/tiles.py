@@ -36,7 +36,6 @@ class Tile:
     stages: int
     resident: int = 1  # programs that a multiprocessor runs at a time
     specialized: bool = False  # one more warp loads what these multiply, four of them for each part of the tile's rows
-    cluster: int = 1  # programs that a tile is multiplied by, each with its half of every part's rows
 
     @property
     def parts(self) -> int:
@@ -45,10 +44,7 @@ class Tile:
     @property
     def pipelined(self) -> Tile:
         """As Triton itself overlaps loads and products: for operands without descriptors, and other GPUs."""
-        if not self.specialized:
-            return self
-        m, stages = self.m // self.cluster, min(self.stages, 3)
-        return replace(self, m=m, warps=8, stages=stages, specialized=False, cluster=1)
+        return replace(self, warps=8, stages=min(self.stages, 3), specialized=False) if self.specialized else self
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ class Tiles:
                 )
 
     def programs(self, tile: Tile) -> int:
-        """That run at a time, or clusters of them."""
-        return self.processors * tile.resident // tile.cluster
+        """That run at a time."""
+        return self.processors * tile.resident
 
 
 SMALL = Tile(32, 64, 32, group=2, warps=4, stages=1)

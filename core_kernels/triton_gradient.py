@@ -27,7 +27,6 @@ from core_kernels.arguments import (
 from core_kernels.kernels import products, rows, slab
 from core_kernels.launching import launching
 from core_kernels.plan import LINE, Plan
-from core_kernels.tiles import Tile
 from core_kernels.triton_loss import HIDDEN_BLOCK, compact_valid_tokens, gather_rows, hidden_blocks
 
 FACTOR_BLOCK, SLOT_BLOCK = 64, 1024
@@ -160,7 +159,7 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
     rows_of_part = tile.m // tile.parts
     kernel, strides = kernel_for(tile, slab.slab_gradient, weight.stride())
     launching(kernel, (plan.tiles.programs(tile),))(
-        describe(packed, [rows_of_part, tile.k], tile, rows=0),
+        describe(packed, [rows_of_part, tile.k], tile),
         describe_weight(weight, layout, tile.n, tile.k, tile),
         t.get("bias"),
         t["labels"],
@@ -171,7 +170,7 @@ def _slab_gradient(plan: Plan, t: Tensors, packed: Tensor, matrix: Tensor, first
         t["lse_base"],
         t["log_sum"],
         *_row_factors(t),
-        describe(matrix, [rows_of_part, tile.n // 2], tile, rows=0),
+        describe(matrix, [rows_of_part, tile.n // 2], tile),
         problem.columns,
         problem.hidden,
         first,
@@ -208,9 +207,9 @@ def weight_gradient(
     rows_of_part = tile.m // tile.parts
     kernel, strides = kernel_for(tile, products.weight_gradient, out.stride())
     launching(kernel, (plan.tiles.programs(tile),))(
-        describe(matrix, [tile.k, rows_of_part], tile, rows=1),
+        describe(matrix, [tile.k, rows_of_part], tile),
         describe(packed, [tile.k, tile.n], tile),
-        describe_sums(out, tile) if sums else describe_weight(out, layout, rows_of_part, tile.n // 2, tile, is_out=True),
+        describe_sums(out, tile) if sums else describe_weight(out, layout, rows_of_part, tile.n // 2, tile),
         label_rows,
         None if label_rows is None else t["label_slot"],
         t["valid_count"],
@@ -258,11 +257,11 @@ def input_gradient(
     """``matrix @ weight`` over the columns of the vocab from the ``first``, added to those before, for these ranks."""
     weight = t["weight"]
     layout = layout_of(weight)
-    tile, split_tiles = _tile_of_sums(plan, weight, out)
+    tile = fitting(plan.tiles.grad_x, layout, out)
     kernel, others = kernel_for(tile, products.input_gradient, (out.shape[0], out.stride(0), *weight.stride()))
     launch: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     launching(kernel, (plan.tiles.programs(tile),))(
-        describe(matrix, [tile.m // tile.parts, tile.k], tile, rows=0),
+        describe(matrix, [tile.m // tile.parts, tile.k], tile),
         describe_weight(weight, layout, tile.k, tile.n, tile),
         describe_sums(out, tile),
         t["valid_count"],
@@ -270,7 +269,7 @@ def input_gradient(
         first,
         matrix.shape[1],
         plan.problem.hidden,
-        split_tiles,
+        plan.split_tiles,
         plan.splits,
         plan.first_part,
         plan.tiles.programs(tile),
@@ -284,18 +283,11 @@ def input_gradient(
     )
 
 
-def _tile_of_sums(plan: Plan, weight: Tensor, sums: Tensor) -> tuple[Tile, int]:
-    """The tile of the sums of ``x``'s gradient, and how many of those are summed in parts."""
-    tile = fitting(plan.tiles.grad_x, layout_of(weight), sums)
-    return tile, plan.split_tiles * (plan.tiles.grad_x.m // tile.m)
-
-
 def finish_rows(
     plan: Plan, t: Tensors, sums: Tensor, out: Tensor, first: int, ranks: int, kept: bool, by_token: bool
 ) -> None:
     """From sums of the rows of ``x``'s gradient to ``out``, for ``ranks`` tokens from the ``first``-th."""
     weight = t["weight"]
-    tile, split_tiles = _tile_of_sums(plan, weight, sums)
     launching(rows.finish_rows, (ranks, hidden_blocks(plan)))(
         sums,
         weight,
@@ -308,14 +300,14 @@ def finish_rows(
         sums.stride(0),
         *weight.stride(),
         first,
-        split_tiles,
+        plan.split_tiles,
         plan.splits,
         plan.first_part,
         plan.problem.hidden,
         SPLIT=plan.splits > 1,
         KEPT=kept,
         BY_TOKEN=by_token,
-        M=tile.m,
+        M=plan.tiles.grad_x.m,
         BLOCK=HIDDEN_BLOCK,
     )
 

@@ -75,14 +75,14 @@ def project_tokens(plan: Plan, t: Tensors, first: int, count: int) -> None:
         if kept is None and packed is not None:
             gather_rows(plan, t, packed, start, None)
         launching(kernel, (plan.tiles.programs(tile),))(
-            x if packed is None else describe(packed, [rows_of_part, tile.k], tile, rows=0),
+            x if packed is None else describe(packed, [rows_of_part, tile.k], tile),
             describe_weight(weight, layout, tile.n, tile.k, tile),
             t.get("bias"),
             t.get("class_weight"),
             t["valid_tokens"],
             t["valid_count"],
             t["label_logit"],
-            None if kept is None else describe(kept, [rows_of_part, tile.n // 2], tile, rows=0),
+            None if kept is None else describe(kept, [rows_of_part, tile.n // 2], tile),
             *_parts(t, "tile"),
             problem.columns,
             problem.hidden,

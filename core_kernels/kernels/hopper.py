@@ -5,11 +5,8 @@ others are busy with a finished tile, the next one's first blocks arrive. The mu
 (``PARTS``), each with its own rows of a tile. Two drift apart by up to the length of the ring, so that one's tensor
 cores work while the other exponentiates.
 
-Two programs may be a cluster, which multiplies one tile. Each has its half of every part's rows, and so of each block
-of A; a block of B both need whole, and it is fetched once.
-
 Device functions, and their descriptors, in Gluon, which says what Triton's compiler would work out. A ring is a tuple:
-blocks of A, blocks of B, barriers "loaded", "free" and "free in both", of a stage each. A block of A is there in parts.
+blocks of A, blocks of B, barriers "loaded" and barriers "free", of a stage each. A block of A is there in parts.
 """
 
 from torch import Tensor
@@ -28,6 +25,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from core_kernels.kernels.logits import round_to
 from core_kernels.kernels.stores import halves
 
+# Blocks lie in shared memory as the tensor cores read them, 128 bytes a row.
+BLOCK_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+SUMS_LAYOUT = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
 # Registers of a thread. Those of a single part, or of the first of two, are what is left.
 LOADING_REGISTERS = gl.constexpr(24)
 PART_REGISTERS = gl.constexpr(240)
@@ -48,16 +48,8 @@ def add_of_before(sums, at, buffer, _semantic=None):
 async_add = tma.async_atomic_add if RENAMED.value else add_of_before
 
 
-def block_layout(itemsize: int, cluster: int, halved: int | None) -> gl.NVMMASharedLayout:
-    """How blocks lie in shared memory: as the tensor cores read them, 128 bytes a row. The programs of a cluster have
-    halves along one axis, or each has the whole.
-    """
-    bases = [[int(axis == halved) for axis in range(2)]] if cluster == 2 else []
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * itemsize, rank=2, cga_layout=bases)
-
-
-def describe_block(matrix: Tensor, block: list[int], cluster: int, halved: int | None) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, block, block_layout(matrix.itemsize, cluster, halved))
+def describe_block(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(matrix, block, BLOCK_LAYOUT if matrix.itemsize == 2 else SUMS_LAYOUT.value)
 
 
 @gluon.jit
@@ -89,9 +81,9 @@ def specialize(multiply: gl.constexpr, multiplied, load: gl.constexpr, loaded, P
 
 
 @gluon.constexpr_function
-def tile_layout(N, PARTS, CLUSTER):
+def tile_layout(N, PARTS):
     """How the registers of the warps of one part hold its rows of a tile of N columns."""
-    return gl.NVMMADistributedLayout([3, 0], [8 // PARTS, 1], [16, N, 16], [[1, 0]] if CLUSTER == 2 else [])
+    return gl.NVMMADistributedLayout([3, 0], [8 // PARTS, 1], [16, N, 16])
 
 
 @gluon.jit
@@ -99,19 +91,12 @@ def make_ring(a, b, STAGES: gl.constexpr, PARTS: gl.constexpr):
     """A ring of ``STAGES`` for the blocks of the descriptors ``a``, in parts, and ``b``."""
     a_blocks = gl.allocate_shared_memory(a.dtype, [STAGES * PARTS] + a.block_type.shape, a.layout)
     b_blocks = gl.allocate_shared_memory(b.dtype, [STAGES] + b.block_type.shape, b.layout)
-    CLUSTER: gl.constexpr = gl.num_ctas()
-    own: gl.constexpr = mbarrier.MBarrierLayout([[1]] if CLUSTER == 2 else [])
-    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, CLUSTER], own)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, CLUSTER], own)
-    both = free
-    if CLUSTER == 2:
-        both = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout([[0]]))
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(loaded.index(stage), count=1)
         mbarrier.init(free.index(stage), count=PARTS)
-        if CLUSTER == 2:
-            mbarrier.init(both.index(stage), count=PARTS)
-    return a_blocks, b_blocks, loaded, free, both
+    return a_blocks, b_blocks, loaded, free
 
 
 @gluon.jit
@@ -133,13 +118,6 @@ def before(stage, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def release(free, both, stage, released):
-    mbarrier.arrive(free.index(stage), count=1, pred=released)
-    if gl.num_ctas() == 2:
-        mbarrier.arrive(both.index(stage), count=1, pred=released)
-
-
-@gluon.jit
 def load_tile(
     a, b, ring, row, column, first_a, first_b, steps, stage, phase,
     A_BY_K: gl.constexpr, B_BY_K: gl.constexpr, K: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
@@ -148,20 +126,14 @@ def load_tile(
 
     ``BY_K``: the operand's rows are what is summed over, and not its columns. The first phase is 1: all is free.
     """
-    a_blocks, b_blocks, loaded, free, both = ring
-    CLUSTER: gl.constexpr = gl.num_ctas()
+    a_blocks, b_blocks, loaded, free = ring
     ROWS: gl.constexpr = a.block_type.shape[1 if A_BY_K else 0]
     for step in range(steps):
         mbarrier.wait(free.index(stage), phase)
         barrier = loaded.index(stage)
-        mbarrier.expect(barrier, PARTS * a.block_type.nbytes // CLUSTER + b.block_type.nbytes)
+        mbarrier.expect(barrier, PARTS * a.block_type.nbytes + b.block_type.nbytes)
         k = first_b + step * K
-        at = [k, column] if B_BY_K else [column, k]
-        if CLUSTER == 1:
-            async_load(b, at, barrier, b_blocks.index(stage))
-        else:
-            mbarrier.wait(both.index(stage), phase)
-            async_load(b, at, barrier, b_blocks.index(stage), multicast=True)
+        async_load(b, [k, column] if B_BY_K else [column, k], barrier, b_blocks.index(stage))
         k = first_a + step * K
         for part in gl.static_range(PARTS):
             at = row + part * ROWS
@@ -177,8 +149,8 @@ def multiply_tile(
     M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The sum of the products of so many blocks, in float32: ``PART`` of an (M, N) tile. The first phase is 0."""
-    a_blocks, b_blocks, loaded, free, both = ring
-    total = gl.zeros([M // PARTS, N], gl.float32, tile_layout(N, PARTS, gl.num_ctas()))
+    a_blocks, b_blocks, loaded, free = ring
+    total = gl.zeros([M // PARTS, N], gl.float32, tile_layout(N, PARTS))
     for step in range(steps):
         mbarrier.wait(loaded.index(stage), phase)
         a = a_blocks.index(stage * PARTS + PART)
@@ -189,28 +161,17 @@ def multiply_tile(
             b = b.permute((1, 0))
         total = warpgroup_mma(a, b, total, is_async=True)
         total = warpgroup_mma_wait(1, deps=(total,))  # the product before is done with its blocks
-        release(free, both, before(stage, STAGES), step > 0)
+        mbarrier.arrive(free.index(before(stage, STAGES)), count=1, pred=step > 0)
         stage, phase = advance(stage, phase, STAGES)
     total = warpgroup_mma_wait(0, deps=(total,))
-    release(free, both, before(stage, STAGES), steps > 0)
+    mbarrier.arrive(free.index(before(stage, STAGES)), count=1, pred=steps > 0)
     return total, stage, phase
 
 
 @gluon.jit
 def rows_of(PART: gl.constexpr, M: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr):
     """Indices of the rows of a part of an (M, N) tile, as its registers hold them."""
-    return PART * (M // PARTS) + gl.arange(0, M // PARTS, gl.SliceLayout(1, tile_layout(N, PARTS, gl.num_ctas())))
-
-
-@gluon.constexpr_function
-def whole_layout(WARPS, CLUSTER):
-    return gl.BlockedLayout([1], [32], [WARPS], [0], [[0]] if CLUSTER == 2 else [])
-
-
-@gluon.jit
-def all_rows_of(PART: gl.constexpr, M: gl.constexpr, PARTS: gl.constexpr):
-    """Indices of the rows of a part of a tile, all of them in each program: what is asked of them needs no other."""
-    return PART * (M // PARTS) + gl.arange(0, M // PARTS, whole_layout(gl.num_warps(), gl.num_ctas()))
+    return PART * (M // PARTS) + gl.arange(0, M // PARTS, gl.SliceLayout(1, tile_layout(N, PARTS)))
 
 
 @gluon.jit

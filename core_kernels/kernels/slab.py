@@ -48,18 +48,13 @@ def slab_gradient(
 
 
 @triton.jit
-def load_label(token, inside, labels, shard, lse_base):
-    label = (tl.load(labels + token, mask=inside, other=-1) - shard).to(tl.int32)
-    return label, tl.load(lse_base + token, mask=inside, other=float("inf"))  # others have no probabilities
-
-
-@triton.jit
 def load_rows(
     token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform,
     SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr,
 ):  # fmt: skip
     """What the gradient of a row of logits takes of its token."""
-    label, base = load_label(token, inside, labels, shard, lse_base)
+    label = (tl.load(labels + token, mask=inside, other=-1) - shard).to(tl.int32)
+    base = tl.load(lse_base + token, mask=inside, other=float("inf"))  # others have no probabilities
     log_sum = tl.load(saved_log_sum + token, mask=inside, other=0.0)
     target = tl.load(row_target + token, mask=inside, other=0.0)
     soft = target

@@ -1,7 +1,7 @@
 """The four products on Hopper, where every operand has a descriptor: what ``statistics``, ``slab`` and ``products`` do.
 
 Each kernel is that of the same name there, of the same arguments, less those that only pointers need. Its blocks
-of A, and those that it stores, are of one of the ``PARTS`` of a tile's rows; programs are clusters. See ``hopper``.
+of A, and those that it stores, are of one of the ``PARTS`` of a tile's rows. See ``hopper``.
 """
 
 from triton.experimental import gluon
@@ -10,7 +10,6 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.extra import cuda
 
 from core_kernels.kernels.hopper import (
-    all_rows_of,
     columns_of,
     fold_columns,
     larger,
@@ -38,7 +37,7 @@ from core_kernels.kernels.logits import (
 )
 from core_kernels.kernels.products import count_sums, find_sum
 from core_kernels.kernels.projection import add_bias, grouped_tile
-from core_kernels.kernels.slab import load_label, load_rows, tile_gradient
+from core_kernels.kernels.slab import load_rows, tile_gradient
 from core_kernels.kernels.statistics import column_of, scaled_by_slope, store_smooth
 from core_kernels.kernels.stores import NO_SLOT, halves
 
@@ -190,13 +189,9 @@ def take_gradient(
         rows = load_rows(  # asked for before it is needed
             token, inside, labels, shard, lse_base, saved_log_sum, row_target, row_soft, row_uniform, SMOOTHING, Z_LOSS
         )
-        any_rank = first + all_rows_of(PART, M, PARTS)
-        any_inside = any_rank < count
-        any_token = gl.load(valid_tokens + any_rank, mask=any_inside, other=0).to(gl.int64)
-        label, any_base = load_label(any_token, any_inside, labels, shard, lse_base)
-        label_column = label - (first_column + vocab_tile * N)
+        label_column = rows[0] - (first_column + vocab_tile * N)
         labelled = (label_column >= 0) & (label_column < N)
-        exact = gl.max((labelled | (gl.abs(any_base) > FAR)).to(gl.int32), 0) > 0  # most tiles have no label
+        exact = gl.max((labelled | (gl.abs(rows[1]) > FAR)).to(gl.int32), 0) > 0  # most tiles have no label
         z, stage, phase = multiply_tile(
             ring, gl.cdiv(H, K), stage, phase, PART, False, LAYOUT == "hv", M, N, STAGES, PARTS
         )
@@ -278,11 +273,9 @@ def take_weight_gradient(
             ring, gl.cdiv(count, K), stage, phase, PART, True, True, M, N, STAGES, PARTS
         )
         if LABELS:
-            any_row = tile * M + all_rows_of(PART, M, PARTS)
-            first_slot = gl.min(gl.load(label_slot + any_row, mask=any_row < columns, other=NO_SLOT), 0)
-            if first_slot < NO_SLOT:
-                row = tile * M + rows_of(PART, M, N, PARTS)
-                slot = gl.load(label_slot + row, mask=row < columns, other=NO_SLOT)
+            row = tile * M + rows_of(PART, M, N, PARTS)
+            slot = gl.load(label_slot + row, mask=row < columns, other=NO_SLOT)
+            if gl.min(slot, 0) < NO_SLOT:
                 store_rows(label_rows, slot, slot < NO_SLOT, hidden_tile * N, total, H, rows_stride)
         first = first_column + tile * M + PART * (M // PARTS)
         if LAYOUT == "sums":

@@ -30,11 +30,11 @@ SUMMED = {"label_rows": F32, "label_slot": I32, "valid_count": I32}
 EVERY_OPTION = dict.fromkeys(("CLASS_WEIGHT", "SMOOTHING", "BIAS", "HAS_SCALE", "HAS_SOFTCAP"), True)
 
 
-def described(tile: Tile, rows: int, columns: int, halved: int | None = None, dtype: str = "bf16") -> str:
+def described(rows: int, columns: int, dtype: str = "bf16") -> str:
     """The type of a descriptor's argument."""
-    from core_kernels.kernels.hopper import block_layout
+    from core_kernels.kernels.hopper import BLOCK_LAYOUT, SUMS_LAYOUT
 
-    layout = block_layout(2 if dtype == "bf16" else 4, tile.cluster, halved)
+    layout = BLOCK_LAYOUT if dtype == "bf16" else SUMS_LAYOUT.value
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
 
@@ -43,26 +43,24 @@ def tile_of(product: str, hidden: str) -> Tile:
     return Tile(*entry["tiles"][product])
 
 
-def weight_of(tile: Tile, layout: str, columns: int, hidden: int, is_out: bool = False) -> str:
-    if layout == "vh":
-        return described(tile, columns, hidden, 0 if is_out else None)
-    return described(tile, hidden, columns, 1 if is_out else None)
+def weight_of(layout: str, columns: int, hidden: int) -> str:
+    return described(columns, hidden) if layout == "vh" else described(hidden, columns)
 
 
 def projecting(tile: Tile, layout: str, stored: str) -> dict[str, str]:
     rows = tile.m // tile.parts
-    blocks = {"weight": weight_of(tile, layout, tile.n, tile.k), stored: described(tile, rows, tile.n // 2, 0)}
-    return PROJECTED | blocks | dict.fromkeys(("x", "packed_x"), described(tile, rows, tile.k, 0))
+    blocks = {"weight": weight_of(layout, tile.n, tile.k), stored: described(rows, tile.n // 2)}
+    return PROJECTED | blocks | dict.fromkeys(("x", "packed_x"), described(rows, tile.k))
 
 
 def summing(tile: Tile, layout: str, product: str) -> dict[str, str]:
     rows = tile.m // tile.parts
-    sums = described(tile, rows, tile.n // 4, 0, "fp32")
+    sums = described(rows, tile.n // 4, "fp32")
     if product == "grad_x":
-        operands = {"matrix": described(tile, rows, tile.k, 0), "weight": weight_of(tile, layout, tile.k, tile.n)}
+        operands = {"matrix": described(rows, tile.k), "weight": weight_of(layout, tile.k, tile.n)}
         return SUMMED | operands | {"rows": sums}
-    operands = {"matrix": described(tile, tile.k, rows, 1), "packed_x": described(tile, tile.k, tile.n)}
-    out = sums if layout == "sums" else weight_of(tile, layout, rows, tile.n // 2, True)
+    operands = {"matrix": described(tile.k, rows), "packed_x": described(tile.k, tile.n)}
+    out = sums if layout == "sums" else weight_of(layout, rows, tile.n // 2)
     return SUMMED | operands | {"grad_weight": out}
 
 
@@ -112,8 +110,7 @@ def test_every_kernel_compiles_for_hopper_and_fits(
     fixed |= dict.fromkeys(unused & set(kernel.arg_names))
     signature = {name: "constexpr" if name in fixed else tensors.get(name, "i32") for name in kernel.arg_names}
     source = GluonASTSource(kernel, signature, fixed)
-    options = {"num_warps": tile.warps, "num_ctas": tile.cluster}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": tile.warps})
     assert compiled.metadata.shared <= SHARED_BYTES
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert "cp.async.bulk.tensor" in compiled.asm["ptx"]
