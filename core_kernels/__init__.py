@@ -9,11 +9,13 @@ from core_kernels.notices import say_once
 from core_kernels.options import OPTION_NAMES, Options
 from core_kernels.plan import Plan, plan
 from core_kernels.problem import Argument, Problem, linear_problem, logits_problem
-from core_kernels.step import KEPT, Buffer, Step, for_gradient
+from core_kernels.step import DIFFERENTIABLE, KEPT, SHARED, Buffer, Step, for_gradient
 
 __all__ = [
+    "DIFFERENTIABLE",
     "KEPT",
     "OPTION_NAMES",
+    "SHARED",
     "Argument",
     "Buffer",
     "Options",

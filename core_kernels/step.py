@@ -30,6 +30,9 @@ KEPT_STATISTICS_BYTES = 64 * MIB
 FEW_SORTED_TOKENS, ELEMENTS_PER_SORTED_TOKEN = 16384, 256
 # What a step saves only if it keeps the exponentials, or computes gradients ahead.
 KEPT = ("exponentials", "label_logit", "valid_tokens", "valid_count", "sum_x", "sum_weight")
+# Inputs that have a gradient, and tensors that all tokens share, in every group.
+DIFFERENTIABLE = ("logits", "x", "weight", "bias")
+SHARED = ("weight", "bias", "class_weight", "class_weight_sum", "first_class")
 # Rows of the statistics that a shard of the vocab contributes of each token.
 SHARD_MAX, SHARD_SUM, SHARD_TARGET = 0, 1, 2
 
@@ -158,6 +161,12 @@ class Step:
     @property
     def results(self) -> tuple[Buffer, ...]:
         return self.outputs + self.saved
+
+    def is_per_token(self, name: str) -> bool:
+        """Whether the first dimension of a tensor that is not ``SHARED`` is of tokens; otherwise it is of groups."""
+        if name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct", "grad_loss"):
+            return self.options.per_token
+        return name != "divisors"
 
     @property
     def finds_argmax(self) -> bool:

@@ -10,10 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from core_kernels import KEPT, Step
+from core_kernels import KEPT, SHARED, Step
 from jax_api import placement
-
-SHARED = ("weight", "bias", "class_weight", "class_weight_sum", "first_class")  # by all tokens, and all groups
 
 
 class Folding:
@@ -46,7 +44,7 @@ class Folding:
         front = jnp.broadcast_to(array, (self.size, *array.shape)) if dim is None else jnp.moveaxis(array, dim, 0)
         if name == "shard_statistics":  # its tokens are last
             return jnp.moveaxis(front, 0, -2).reshape(*front.shape[1:-1], self.step.problem.tokens)
-        return front.reshape(self.step.problem.tokens, *front.shape[2:]) if self._per_token(name) else front
+        return front.reshape(self.step.problem.tokens, *front.shape[2:]) if self.one.is_per_token(name) else front
 
     def unfold(self, name: str, result: jax.Array) -> tuple[jax.Array, int | None]:
         """The mapped result, and the dimension that is mapped."""
@@ -54,15 +52,9 @@ class Folding:
             return result, None
         if name == "shard_statistics":
             return result.reshape(*result.shape[:-1], self.size, self.one.problem.tokens), result.ndim - 1
-        if self._per_token(name):
+        if self.one.is_per_token(name):
             return result.reshape(self.size, self.one.problem.tokens, *result.shape[1:]), 0
         return result, 0
-
-    def _per_token(self, name: str) -> bool:
-        """Whether tokens come first; otherwise groups do."""
-        if name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct", "grad_loss"):
-            return self.one.options.per_token
-        return name != "divisors"
 
     def one_by_one(self, bound: Callable[..., Any]) -> Any:
         """``bound`` of each entry in turn; what is not mapped stays where it is. Results are mapped first."""

@@ -8,14 +8,13 @@ from typing import Any
 
 import jax
 
+from core_kernels import DIFFERENTIABLE
 from jax_api import internals
 from jax_api.bridge import Call
 from jax_api.primitives import launch, loss_tangent
 
 Arrays = dict[str, jax.Array]
 Axis = str | tuple[str, ...] | None
-
-DIFFERENTIABLE = ("logits", "x", "weight", "bias")
 
 
 def planned_loss(call: Call, vocab_axis: Axis, inputs: Arrays) -> Arrays:

@@ -11,15 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from core_kernels import KEPT, Step
+from core_kernels import DIFFERENTIABLE, KEPT, SHARED, Buffer, Step
 from torch_api.operator import decode, encode, gradient_step, launch, output_names
 from torch_api.parallel import Shard, loss_over_shards
 
 # The inputs of a loss, by the core's names: of logits, and of a projection. Some may be absent.
 LOGITS = ("logits", "weight", "labels", "bias", "class_weight")
 LINEAR = ("x", "weight", "labels", "bias", "class_weight")
-DIFFERENTIABLE = ("logits", "x", "weight", "bias")
-SHARED = ("weight", "bias", "class_weight", "class_weight_sum")  # by all tokens, and all groups
 
 
 class PlannedLoss(torch.autograd.Function):
@@ -152,13 +150,7 @@ def _mapped(
     folded = encode(replace(step, problem=step.problem.times(size)))
     operands = [_fold(step, *entry, size) for entry in zip(names, inputs, dims, strict=True)]
     results = function.apply(folded, where, *operands)
-    unfolded = [
-        (
-            result.unflatten(0, (size, -1)) if _per_token(step, buffer.name) else result,
-            None if buffer.name in SHARED else 0,
-        )
-        for result, buffer in zip(results, step.results, strict=True)
-    ]
+    unfolded = [_unfold(step, *entry, size) for entry in zip(step.results, results, strict=True)]
     return _with_placeholders(asked, step, unfolded, inputs[0])
 
 
@@ -174,15 +166,14 @@ def _with_placeholders(
     return tuple(result for result, _ in ordered), tuple(dim for _, dim in ordered)
 
 
+def _unfold(step: Step, buffer: Buffer, result: Tensor, size: int) -> tuple[Tensor, int | None]:
+    if buffer.name in SHARED:
+        return result, None
+    return result.unflatten(0, (size, -1)) if step.is_per_token(buffer.name) else result, 0
+
+
 def _fold(step: Step, name: str, tensor: Tensor | None, dim: int | None, size: int) -> Tensor | None:
     if tensor is None or name in SHARED:
         return tensor
     front = tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-    return front.flatten(0, 1) if _per_token(step, name) else front.contiguous()
-
-
-def _per_token(step: Step, name: str) -> bool:
-    """Whether tokens come first; otherwise groups do, or all share it."""
-    if name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct", "grad_loss"):
-        return step.options.per_token
-    return name not in ("divisors", *SHARED)
+    return front.flatten(0, 1) if step.is_per_token(name) else front.contiguous()
