@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from contenders import METRICS, evaluation, training, twinhead
-from measure import wait
+from measure import shuffled, wait
 from problems import make_problems, products
 from shapes import Size
 from torch.autograd import DeviceType
@@ -72,9 +72,7 @@ def measure_kernels(size: Size, device: str) -> dict[str, dict[str, float]]:
     calls = {label: max(1, round(BURST_SECONDS * 1e3 / sum(turn(1).values()))) for label, turn in times.items()}
 
     found: dict[str, list[dict[str, float]]] = {label: [] for label in times}
-    order, shuffle = list(times), random.Random(0).shuffle
-    for _ in range(ROUNDS):
-        shuffle(order)
+    for order in itertools.islice(shuffled(times), ROUNDS):
         for label in order:
             found[label].append(times[label](calls[label]))
     return {

@@ -18,6 +18,7 @@ import torch_api
 # The bytes that each pass must move, in units of the logits': the forward pass reads them, the backward pass reads them
 # and writes their gradient. Its time is that of a step without the forward pass's.
 PASSES = {"forward": 1, "backward": 2, "step": 3}
+TIMED = ("forward", "step")
 
 
 class TorchPasses:
@@ -137,7 +138,7 @@ def measure_logits(size: tuple[int, int], device: str, clock: Clock, skip: set[s
                 raise AssertionError("wrong results")
             del result  # its gradient makes room for the next
             row |= {"extra_mib": passes.extra_mib} if isinstance(passes, JaxPasses) else memory(passes.step)
-            steps |= {f"{label}, forward": passes.forward, f"{label}, step": passes.step}
+            steps |= {f"{label}, {name}": getattr(passes, name) for name in TIMED}
         except Exception as error:
             row["failed"] = reason(error)
             print(f"{label} failed: {row['failed']}", flush=True)
@@ -147,7 +148,7 @@ def measure_logits(size: tuple[int, int], device: str, clock: Clock, skip: set[s
     times, failures = take_turns({**steps, "copy": lambda: copy.copy_(logits)}, clock)
     copied = median(times["copy"])
     for label, row in rows.items():
-        for name in ("forward", "step"):
+        for name in TIMED:
             if f"{label}, {name}" in failures:
                 row["failed"] = failures[f"{label}, {name}"]
             if f"{label}, {name}" in times:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -58,6 +59,14 @@ def seconds(step: Callable, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
+def shuffled(labels: Iterable[str]) -> Iterator[list[str]]:
+    """The labels in one random order after another, the same ones in every run."""
+    order, shuffle = list(labels), random.Random(0).shuffle
+    while True:
+        shuffle(order)
+        yield order
+
+
 def take_turns(steps: dict[str, Callable], clock: Clock) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Milliseconds of a call of each step, in rounds of shuffled order: what ran before, and the card's heat, favour
     nobody. A turn is several calls, if they are short, after as many that do not count: at its limit of power, a card
@@ -65,16 +74,15 @@ def take_turns(steps: dict[str, Callable], clock: Clock) -> tuple[dict[str, list
 
     Steps that fail leave, with the reason.
     """
-    order = list(steps)
-    shuffle = random.Random(0).shuffle
     times: dict[str, list[float]] = {label: [] for label in steps}
     calls = dict.fromkeys(steps, 1)
     failures: dict[str, str] = {}
-    turn, start = -2, 0.0  # the first two rounds warm the card up
+    orders, start = shuffled(steps), 0.0
+    turn = -2  # the first two rounds warm the card up
     while turn < 0 or not clock.over(turn, time.perf_counter() - start):
         if turn == 0:
             start = time.perf_counter()
-        shuffle(order)
+        order = next(orders)
         for label in [label for label in order if label not in failures]:
             try:
                 seconds(steps[label], calls[label])
@@ -107,9 +115,7 @@ def time_rows(rows: dict[str, dict], steps: dict[str, Callable], base: str, cloc
 def time_calls(rows: dict[str, dict], steps: dict[str, Callable], rounds: int) -> None:
     """Adds the times of a call to the rows: medians of the rounds, in which steps take turns in shuffled order."""
     found: dict[str, list[tuple[float, ...]]] = {label: [] for label in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
-    for turn in range(rounds + 1):  # the first warms up
-        shuffle(order)
+    for turn, order in enumerate(itertools.islice(shuffled(steps), rounds + 1)):  # the first warms up
         for label in order:
             try:
                 times = call_times(steps[label])

@@ -5,6 +5,7 @@ tables of benchmarks/README.md; the README's on convergence; or the tables of do
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def summary(results: dict) -> str:
             f"One {results['device']}, bf16, {versions(results)}. The time of a training step"
             " over the **floor**: the three matrix products that any exact step needs, over full shapes, by the"
             " vendor's library. In brackets the peak MiB beyond inputs and gradients. *metrics* is with predictions and"
-            " accuracy. An empty cell was not run. Two runs of the same code differ by up to 3%."
+            " accuracy. An empty cell was not run."
         ),
         steps_table(shapes, heads, "training"),
         "![Time over floor against extra memory, per shape](docs/benchmark_memory.png)",
@@ -50,8 +51,7 @@ def summary(results: dict) -> str:
         prose(
             "Where a peer is ahead of the best of ours, and then where it is ahead of one of our modes in time and in"
             " memory. In brackets what it pays: its time over the floor (of an evaluation over one projection), and, if"
-            " it is twice ours or more, the worst error of its gradients over ours. At small and few-tokens, where the"
-            " floor is a fraction of a millisecond, the host decides."
+            " it is twice ours or more, the worst error of its gradients over ours:"
         ),
         "\n".join(f"- {line}" for line in ahead(shapes) + ahead_in_both(shapes)) or "- Nowhere, of what was measured.",
         "![Time over floor and extra memory against tokens and vocab](docs/benchmark_scaling.png)"
@@ -187,15 +187,24 @@ def kernels_table(kernels: dict) -> str:
 
 
 def logits_table(rows: dict[str, dict]) -> str:
+    def share(row: dict, name: str) -> str:
+        if "failed" in row:
+            return "failed"
+        return f"{row[f'{name}_share']:.2f}" if f"{name}_share" in row else "-"
+
     passes = ("forward", "backward", "step")
-    body = [
-        [label, *(f"{row[f'{name}_share']:.2f}" if f"{name}_share" in row else "-" for name in passes)]
-        if "failed" not in row
-        else [label, *("failed" for _ in passes)]
-        for label, row in rows.items()
-        if label != "copy"
-    ]
+    body = [[label, *(share(row, name) for name in passes)] for label, row in rows.items() if label != "copy"]
     return markdown(["", "forward", "backward", "both"], body)
+
+
+def measured(rows: dict[str, dict], *keys: str) -> dict[str, dict]:
+    """Those that have all of this, and did not fail."""
+    return {label: row for label, row in rows.items() if row.keys() >= {*keys} and "failed" not in row}
+
+
+def shown(row: dict, key: str) -> str:
+    """With the digits that count."""
+    return f"{row[key]:.{BETTER[key][1]}f}"
 
 
 def ahead(shapes: dict) -> list[str]:
@@ -203,40 +212,31 @@ def ahead(shapes: dict) -> list[str]:
     found: dict[tuple[str, ...], list[str]] = {}
     for name, sections in shapes.items():
         for table in BASES:
-            for key, (verb, digits) in BETTER.items():
-                rows = {label: row for label, row in sections[table].items() if key in row and "failed" not in row}
+            for key, (verb, _) in BETTER.items():
+                rows = measured(sections[table], key)
                 ours = [row for label, row in rows.items() if label.startswith("twinhead")]
                 if not ours or (key == "extra_mib" and name in SMALL):
                     continue
                 least = min(ours, key=lambda row: row[key])
-                best = f"{least[key]:.{digits}f}"
                 for label in labels_of(shapes, [name], table):
-                    if label in rows and float(shown := f"{rows[label][key]:.{digits}f}") < float(best):
-                        place = f"{shown} against {best} at {name}" + price(rows[label], least, key)
-                        found.setdefault((table, verb, label), []).append(place)
+                    if label in rows and float(shown(rows[label], key)) < float(shown(least, key)):
+                        place = f"{shown(rows[label], key)} against {shown(least, key)} at {name}"
+                        found.setdefault((table, verb, label), []).append(place + price(rows[label], least, key))
     return [f"{table}: {label} {verb}, {'; '.join(places)}." for (table, verb, label), places in found.items()]
 
 
 def ahead_in_both(shapes: dict) -> list[str]:
     """A line per peer and table in which it is no slower than one of our modes, and takes less memory."""
     found: dict[tuple[str, str], list[str]] = {}
-    for name in [name for name in shapes if name not in SMALL]:
-        for table in BASES:
-            rows = {
-                label: row
-                for label, row in shapes[name][table].items()
-                if {"ratio", "extra_mib"} <= row.keys() and "failed" not in row
-            }
-            modes = [label for label in rows if label.startswith("twinhead torch") and "metrics" not in label]
-            for label in [label for label in rows if not label.startswith("twinhead")]:
-                for mode in modes:
-                    (time, memory), (our_time, our_memory) = (
-                        (round(row["ratio"], 2), round(row["extra_mib"])) for row in (rows[label], rows[mode])
-                    )
-                    if time <= our_time and memory < our_memory:
-                        place = f"{mode} at {name}, {time:.2f} and {memory} MiB against {our_time:.2f} and {our_memory}"
-                        paid = price(rows[label], rows[mode], "ratio")
-                        found.setdefault((table, label), []).append(place + paid)
+    for name, table in itertools.product((name for name in shapes if name not in SMALL), BASES):
+        rows = measured(shapes[name][table], *BETTER)
+        modes = [label for label in rows if label.startswith("twinhead torch") and "metrics" not in label]
+        peers = [label for label in rows if not label.startswith("twinhead")]
+        for label, mode in itertools.product(peers, modes):
+            theirs, ours = ([shown(rows[each], key) for key in BETTER] for each in (label, mode))  # time and memory
+            if float(theirs[0]) <= float(ours[0]) and float(theirs[1]) < float(ours[1]):
+                place = f"{mode} at {name}, {' and '.join(theirs)} MiB against {' and '.join(ours)}"
+                found.setdefault((table, label), []).append(place + price(rows[label], rows[mode], "ratio"))
     return [
         f"{table}: {label} is no slower and takes fewer MiB than {'; '.join(places)}."
         for (table, label), places in found.items()

@@ -31,11 +31,11 @@ def row(section: str, label: str, name: str) -> Value:
 
 
 def worst_quotient(*pairs: tuple[Value, Value]) -> Value:
-    """The largest of several quotients, of those that were measured."""
+    """The largest of several quotients, of which all must be there."""
 
     def value(sections: Sections) -> float | None:
         values = [(above(sections), below(sections)) for above, below in pairs]
-        return max((a / b for a, b in values if a is not None and b), default=None)
+        return max(a / b for a, b in values) if all(a is not None and b for a, b in values) else None
 
     return value
 

@@ -163,10 +163,10 @@ class Step:
         return self.outputs + self.saved
 
     def is_per_token(self, name: str) -> bool:
-        """Whether the first dimension of a tensor that is not ``SHARED`` is of tokens; otherwise it is of groups."""
+        """Whether tokens are the first dimension of a tensor; otherwise groups are, or all tokens share it."""
         if name in ("loss", "z_loss", "token_accuracy", "num_valid", "num_correct", "grad_loss"):
             return self.options.per_token
-        return name != "divisors"
+        return name not in ("divisors", *SHARED)
 
     @property
     def finds_argmax(self) -> bool:

@@ -58,8 +58,8 @@ def test_each_device_has_its_own_call() -> None:
     """In turn, over buffers that lie where they lay before: what was recorded on one device is not launched on the
     other.
     """
-    bf16 = {name: primal.astype(jnp.bfloat16) for name, primal in PROBLEM.primals.items() if name != "bias"}
-    padded = {name: jnp.pad(primal, ((0, 0), (0, -HIDDEN % 8))) for name, primal in bf16.items()}  # read in blocks
+    operands = {name: PROBLEM.primals[name].astype(jnp.bfloat16) for name in ("x", "weight")}
+    padded = jax.tree.map(lambda operand: jnp.pad(operand, ((0, 0), (0, -HIDDEN % 8))), operands)  # so read in blocks
     call = jax.jit(jax.value_and_grad(lambda primals, labels: fused_linear_ce(**primals, labels=labels)))
     placed = [jax.device_put((padded, PROBLEM.labels), device) for device in GPUS[:2]]
     first = jax.tree.map(as_numpy, call(*placed[0]))

@@ -1,4 +1,4 @@
-"""Functions run by several processes of one group, and what went wrong in any of them."""
+"""Functions run by several processes of one group; a test fails with what went wrong in any of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -20,9 +21,9 @@ Check = Callable[[], None]
 TIMEOUT = timedelta(minutes=5)  # of a collective that another rank never comes to
 
 
-def on_every_rank(world: int, checks: dict[str, Check], device: str = "cpu") -> dict[str, str]:
+def on_every_rank(world: int, checks: dict[str, Check], device: str = "cpu") -> None:
     """Run ``checks`` in turn on ``world`` processes with gloo, or with nccl on a GPU each, which is then where tensors
-    are made; the tracebacks of those that failed, by name.
+    are made.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -30,7 +31,9 @@ def on_every_rank(world: int, checks: dict[str, Check], device: str = "cpu") -> 
     with tempfile.TemporaryDirectory() as folder:
         failures = Path(folder) / "failures.json"
         mp.start_processes(_run, (world, port, device, checks, failures), nprocs=world, start_method="spawn")
-        return json.loads(failures.read_text())
+        found = json.loads(failures.read_text())
+    if found:
+        pytest.fail("\n".join(f"{name}: {text}" for name, text in found.items()), pytrace=False)
 
 
 def _run(rank: int, world: int, port: int, device: str, checks: dict[str, Check], failures: Path) -> None:
