@@ -82,6 +82,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     device, sizes = arguments.device, SIZES[arguments.device]
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: there is no GPU that torch sees; with cpu it measures toys")
     names = arguments.shapes or list(sizes.shapes)
     if not set(names) <= set(sizes.shapes):
         parser.error(f"--shapes: on {device} there are {', '.join(sizes.shapes)}")

@@ -48,6 +48,12 @@ def test_the_file_says_what_was_measured(results: dict) -> None:
     assert results["shapes"]["toy"]["size"] == [96, 32, 512]
 
 
+def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="--device: there is no GPU that torch sees; with cpu it measures toys"):
+        run_benchmark("loss_step.py", "--out", tmp_path / "none.json", **ON_CPU)
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_nothing_of_ours_fails_and_all_is_timed(toy: dict[str, dict]) -> None:
     for section, base in (("training", "floor"), ("half ignored", "floor"), ("evaluation", "one projection")):
         rows = toy[section]
