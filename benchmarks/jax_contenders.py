@@ -1,21 +1,27 @@
-"""The contenders in JAX: losses of (x, weight, labels), which return the loss and maybe predictions."""
+"""The contenders in JAX: losses of (x, weight, labels), which return the loss and maybe predictions; and loops."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from problems import Problem, Result
+from problems import Problem, Result, Start
 
 import jax_api
 
 METRICS = {"return_token_accuracy": True, "return_predicted_tokens": True}
 GRAPH = {"xla_gpu_graph_min_graph_size": 1}  # XLA records even a single launch
+
+
+def planned_mib(function: Any, *arguments: Any) -> float:
+    """What XLA plans beside arguments and results."""
+    return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
 @dataclass
@@ -28,8 +34,7 @@ class JaxStep:
 
     @property
     def extra_mib(self) -> float:
-        """What XLA plans beside arguments and results."""
-        return self.function.lower(*self.arguments).compile().memory_analysis().temp_size_in_bytes / 2**20
+        return planned_mib(self.function, *self.arguments)
 
     def __call__(self) -> Result:
         if self.differentiated:
@@ -50,6 +55,35 @@ class JaxContender:
     def __call__(self, problem: Problem) -> JaxStep:
         tensors = problem.x.detach(), problem.weight.detach(), problem.labels.int()
         return JaxStep(self.function, tuple(map(jnp.from_dlpack, tensors)), self.differentiated)
+
+
+class JaxLoop:
+    """A training loop, a step at a time: one program, which takes the weights' memory for the new ones."""
+
+    def __init__(self, loss_fn: Callable, compiler_options: dict | None, start: Start) -> None:
+        optimizer = optax.sgd(start.rate)
+
+        def step(weights, inputs, labels):
+            def loss_of(weights):
+                layer, weight = weights
+                return loss_fn(jnp.tanh(inputs @ layer), weight, labels)[0]
+
+            loss, gradients = jax.value_and_grad(loss_of)(weights)
+            updates, _ = optimizer.update(gradients, optimizer.init(weights))  # SGD has no state
+            return optax.apply_updates(weights, updates), loss
+
+        self.step = jax.jit(step, donate_argnums=0, compiler_options=compiler_options)
+        weights = map(jnp.from_dlpack, (start.layer, start.weight))
+        self.weights = tuple(jnp.array(weight, copy=True) for weight in weights)  # XLA takes over no memory of torch's
+        self.batch = jnp.from_dlpack(start.inputs), jnp.from_dlpack(start.labels.int())
+
+    @property
+    def extra_mib(self) -> float:
+        return planned_mib(self.step, self.weights, *self.batch)
+
+    def __call__(self) -> Result:
+        self.weights, loss = self.step(self.weights, *self.batch)
+        return Result(loss)
 
 
 def twinhead(**options) -> Callable:
@@ -111,4 +145,13 @@ def evaluation_contenders() -> dict[str, JaxContender]:
     return {
         "twinhead jax, metrics": JaxContender(twinhead(**METRICS), False),
         "jax, full logits, metrics": JaxContender(full_logits_and_metrics, False),
+    }
+
+
+def loop_contenders() -> dict[str, Callable[[Start], JaxLoop]]:
+    return {
+        "twinhead jax": partial(JaxLoop, twinhead(), None),
+        "twinhead jax, cuda graph": partial(JaxLoop, twinhead(cuda_graph=True), GRAPH),
+        "jax, full logits": partial(JaxLoop, full_logits, None),
+        "jax, full logits, cuda graph": partial(JaxLoop, full_logits, GRAPH),
     }

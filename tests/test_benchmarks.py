@@ -255,3 +255,31 @@ def test_a_fine_tuning_step_is_timed_with_and_without_the_fused_loss(tmp_path: P
     # transformers rounds its logits to bf16, where some tie that do not in float32
     assert found["agreement"]["loss_difference"] < 2**-9
     assert found["agreement"]["same_predictions"] > 0.9
+
+
+@with_jax
+def test_a_small_training_loop_is_timed_in_both_frontends(tmp_path: Path) -> None:
+    out = tmp_path / "loop.json"
+    run_benchmark(
+        "loop_step.py", "--device", "cpu", "--rounds", "2", "--skip", "torch compile", "--out", out,
+        "--commit", "0123456789", TRITON_INTERPRET="0", **ON_CPU,
+    )  # fmt: skip
+    rows = json.loads(out.read_text())["loops"]["toy"]["rows"]
+    assert {"twinhead torch", "torch eager", "twinhead jax", "twinhead jax, cuda graph", "jax, full logits"} <= {*rows}
+    for label, row in rows.items():
+        assert "failed" not in row, (label, row)
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+    assert rows["twinhead torch"]["loss_error"] <= 2 * rows["torch eager"]["loss_error"]
+    assert rows["twinhead jax"]["loss_error"] <= 2 * rows["torch eager"]["loss_error"]
+
+
+def test_a_loop_whose_gradients_are_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import loop_step
+    from problems import make_start
+
+    half = loop_step.torch_loop(lambda *inputs: loop_step.upcast_loss(*inputs) * 0.5 + 3.2)  # at first nearly the same
+    right = loop_step.torch_loop(loop_step.upcast_loss)
+    rows, loops = loop_step.check(make_start((96, 32, 512), "cpu"), {"half": half, "right": right})
+    assert "wrong losses" in rows["half"]["failed"]
+    assert [*loops] == ["right"]
