@@ -1,5 +1,6 @@
 """Turns a results file into the sections of pages that are made from it, and plots: the README's on performance and the
-tables of benchmarks/README.md; the README's on convergence; or the tables of docs/numerics.md.
+tables of benchmarks/README.md; its table of small training loops; the README's on convergence; or the tables of
+docs/numerics.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 from convergence_page import summary as convergence_summary
 from errors_page import tables as error_tables
+from loops_page import table as loops_table
 from markup import by, markdown, prose, rewrite, versions
 from plots import draw, draw_convergence
 from targets import HEADS, LOGITS, SMALL, TARGETS, Target
@@ -264,6 +266,8 @@ def report(results: dict, root: Path) -> None:
         draw_convergence(results, root / "docs")
     elif "errors" in results:
         rewrite(root / "docs" / "numerics.md", "errors", error_tables(results))
+    elif "loops" in results:
+        rewrite(root / "benchmarks" / "README.md", "loops", loops_table(results))
     else:
         rewrite(root / "README.md", "benchmark", summary(results))
         rewrite(root / "benchmarks" / "README.md", "benchmark", details(results))

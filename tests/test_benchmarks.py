@@ -235,26 +235,10 @@ def test_a_kernel_that_overlaps_the_one_before_takes_what_is_left(
     assert kernel_times.kernel_ms(lambda: None, calls=2) == pytest.approx({"first": 5e-3, "second": 4e-3})
 
 
-def test_pages_say_what_the_committed_results_do(tmp_path: Path) -> None:
-    for page, text in report(RESULTS / "h100.json", PAGES, tmp_path).items():
-        assert text == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
-
-
-@pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
-def test_a_fine_tuning_step_is_timed_with_and_without_the_fused_loss(tmp_path: Path) -> None:
-    out = tmp_path / "finetune.json"
-    run_benchmark(
-        "finetune_step.py", "--tiny", "--rounds", "2", "--out", out, "--commit", "0123456789", TRITON_INTERPRET="0",
-        **ON_CPU,
-    )  # fmt: skip
-    found = json.loads(out.read_text())
-    assert (found["device"], found["batch"]) == ("cpu", [2, 64])
-    assert {"twinhead", "transformers", "evaluation: twinhead, predictions"} < found["rows"].keys()
-    for row in found["rows"].values():
-        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
-    # transformers rounds its logits to bf16, where some tie that do not in float32
-    assert found["agreement"]["loss_difference"] < 2**-9
-    assert found["agreement"]["same_predictions"] > 0.9
+@pytest.mark.parametrize(("name", "pages"), [("h100.json", PAGES), ("h100_loop.json", PAGES[1:])])
+def test_pages_say_what_the_committed_results_do(name: str, pages: tuple[str, ...], tmp_path: Path) -> None:
+    for page, text in report(RESULTS / name, pages, tmp_path).items():
+        assert text == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py benchmarks/results/{name}"
 
 
 @with_jax
@@ -273,8 +257,7 @@ def test_a_small_training_loop_is_timed_in_both_frontends(tmp_path: Path) -> Non
     assert rows["twinhead jax"]["loss_error"] <= 2 * rows["torch eager"]["loss_error"]
 
 
-def test_a_loop_whose_gradients_are_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def test_a_loop_whose_gradients_are_wrong_is_not_timed(modules: None) -> None:
     import loop_step
     from problems import make_start
 
@@ -283,3 +266,20 @@ def test_a_loop_whose_gradients_are_wrong_is_not_timed(monkeypatch: pytest.Monke
     rows, loops = loop_step.check(make_start((96, 32, 512), "cpu"), {"half": half, "right": right})
     assert "wrong losses" in rows["half"]["failed"]
     assert [*loops] == ["right"]
+
+
+@pytest.mark.skipif(not find_spec("transformers"), reason="needs transformers")
+def test_a_fine_tuning_step_is_timed_with_and_without_the_fused_loss(tmp_path: Path) -> None:
+    out = tmp_path / "finetune.json"
+    run_benchmark(
+        "finetune_step.py", "--tiny", "--rounds", "2", "--out", out, "--commit", "0123456789", TRITON_INTERPRET="0",
+        **ON_CPU,
+    )  # fmt: skip
+    found = json.loads(out.read_text())
+    assert (found["device"], found["batch"]) == ("cpu", [2, 64])
+    assert {"twinhead", "transformers", "evaluation: twinhead, predictions"} < found["rows"].keys()
+    for row in found["rows"].values():
+        assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
+    # transformers rounds its logits to bf16, where some tie that do not in float32
+    assert found["agreement"]["loss_difference"] < 2**-9
+    assert found["agreement"]["same_predictions"] > 0.9

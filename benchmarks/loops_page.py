@@ -1,0 +1,28 @@
+"""The table of benchmarks/README.md on small training loops."""
+
+from __future__ import annotations
+
+from markup import by, markdown, prose, shown, versions
+
+
+def table(results: dict) -> str:
+    loops = results["loops"]
+    errors = (
+        f"{shown(max(row['loss_error'] for row in loop['rows'].values() if 'ms' in row))} at {name}"
+        for name, loop in loops.items()
+    )
+    about = prose(
+        f"One {results['device']}, bf16, {versions(results)}. Milliseconds of a step, and in brackets the peak MiB"
+        f" beyond weights and batch. The first losses of each are within {' and '.join(errors)} of those of a loop in"
+        " float32."
+    )
+    labels = dict.fromkeys(label for loop in loops.values() for label in loop["rows"])
+    body = [[label, *(cell(loop["rows"].get(label, {})) for loop in loops.values())] for label in labels]
+    head = ["", *(f"{name} {by(loop['size'])}" for name, loop in loops.items())]
+    return f"{about}\n\n{markdown(head, body)}"
+
+
+def cell(row: dict) -> str:
+    if "ms" not in row:
+        return "failed" if "failed" in row else ""
+    return f"{row['ms']:.2f} ({row['extra_mib']:.0f})" if "extra_mib" in row else f"{row['ms']:.2f}"
