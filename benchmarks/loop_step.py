@@ -5,8 +5,8 @@
 
 A step is a layer, the head and its loss, forward and backward, and SGD of both weights: in torch by an optimizer, in
 JAX in one compiled program to which the weights are donated. In ``loss_step.py`` the inputs stay as they are, and a
-step's gradients are held until the next ones are there. A loop gives its memory back, and gets the same again, by
-which whatever replays launches finds them.
+step's gradients are held until the next ones are there. A loop gives its memory back, and gets the same again, so that
+recorded launches can be replayed.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import gc
 import os
 from collections.abc import Callable, Set
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import torch
+from arguments import parse
 from contenders import LossFn, peers, twinhead, upcast_loss
-from measure import WRONG, Clock, memory, reason, time_rows
+from measure import WRONG, memory, reason, time_rows
 from problems import Result, Start, make_start
 from results import Results, table
-from shapes import SIZES
 
 CHECKED = 10  # steps whose losses are compared
 
@@ -63,8 +62,8 @@ def contenders(skip: Set[str]) -> dict[str, Prepare]:
 
 
 def check(start: Start, found: dict[str, Prepare]) -> tuple[dict[str, dict], dict[str, Loop]]:
-    """The greatest error of each one's first losses, by those of a loop in float32, and the memory of a step, as rows;
-    and the loops, that many steps on. One that fails is reported as such, and the others go on.
+    """The largest relative error of each loop's first losses against those in float32, and the memory of a step, as
+    rows; and the loops, that many steps on. One that fails is reported as such, and the others go on.
     """
     exact = torch_loop(upcast_loss)(start.in_float32())
     expected = [float(exact().loss) for _ in range(CHECKED)]
@@ -75,7 +74,8 @@ def check(start: Start, found: dict[str, Prepare]) -> tuple[dict[str, dict], dic
         rows[label] = row
         try:
             loop = prepare(start)
-            row["loss_error"] = max(abs(float(loop().loss) / right - 1) for right in expected)
+            losses = [loop().loss for _ in expected]  # not waited for, as in a loop
+            row["loss_error"] = max(abs(float(loss) / right - 1) for loss, right in zip(losses, expected, strict=True))
             if not row["loss_error"] <= WRONG:  # NaN is wrong too
                 raise AssertionError("wrong losses")
             row |= memory(loop)
@@ -86,25 +86,15 @@ def check(start: Start, found: dict[str, Prepare]) -> tuple[dict[str, dict], dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A step of a training loop so small that the host decides.")
-    parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
-    parser.add_argument("--device", choices=SIZES, default="cuda", help="on a CPU sizes are toys")
-    parser.add_argument("--skip", nargs="+", default=[], help="names of contenders to leave out")
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long the loops of a size take turns")
-    parser.add_argument("--rounds", type=int, default=30, help="how many turns they take at most")
-    parser.add_argument("--commit", help="commit of the measured code, where git cannot tell")
-    arguments = parser.parse_args()
-    device, sizes = arguments.device, SIZES[arguments.device]
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: there is no GPU that torch sees; with cpu it measures toys")
-    clock = Clock(arguments.seconds, min(5, arguments.rounds), arguments.rounds)
+    arguments = parse(argparse.ArgumentParser(description="A step of a training loop so small that the host decides."))
+    device, sizes = arguments.device, arguments.sizes
     results = Results(arguments.out, device, arguments.commit, dtype="bfloat16")
     for name in sorted(sizes.small):
         size = sizes.shapes[name]
         torch.compiler.reset()  # else the next size would be compiled for any
-        rows, loops = check(make_start(size, device), contenders(set(arguments.skip)))
+        rows, loops = check(make_start(size, device), contenders(arguments.skip))
         gc.freeze()  # the modules that they needed, so that collections are short
-        time_rows(rows, loops, "torch compile", clock)
+        time_rows(rows, loops, "torch compile", arguments.clock)
         results.add("loops", name, value={"size": size, "rows": rows})
         print(table(f"{name} {size}", rows), "\n", flush=True)
 

@@ -7,18 +7,18 @@ import gc
 import os
 import time
 from dataclasses import replace
-from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import torch
+from arguments import parse
 from contenders import HALF_IGNORED, SCALING, evaluation_contenders, training_contenders
 from kernel_times import measure_kernels
 from logits_step import measure_logits
 from measure import Clock, check, release, time_calls, time_rows
 from problems import floor, make_problems, projection, reference
 from results import Results, table
-from shapes import SIZES, Size
+from shapes import Size
 
 PARTS = ("shapes", "kernels", "logits", "scaling")
 
@@ -71,24 +71,13 @@ def measure_point(size: Size, device: str, clock: Clock, skip: set[str]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="results file, JSON")
-    parser.add_argument("--device", choices=SIZES, default="cuda", help="on a CPU sizes are toys")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of kernels on a GPU alone")
     parser.add_argument("--shapes", nargs="+", help="names of shapes, of all of them if left out")
-    parser.add_argument("--skip", nargs="+", default=[], help="names of contenders to leave out")
-    parser.add_argument("--seconds", type=float, default=8.0, help="how long the training steps of a shape take turns")
-    parser.add_argument("--rounds", type=int, default=30, help="how many turns they take at most")
-    parser.add_argument("--commit", help="commit of the measured code, where git cannot tell")
-    arguments = parser.parse_args()
-
-    device, sizes = arguments.device, SIZES[arguments.device]
-    if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device: there is no GPU that torch sees; with cpu it measures toys")
+    arguments = parse(parser)
+    device, sizes, clock, skip = arguments.device, arguments.sizes, arguments.clock, arguments.skip
     names = arguments.shapes or list(sizes.shapes)
     if not set(names) <= set(sizes.shapes):
         parser.error(f"--shapes: on {device} there are {', '.join(sizes.shapes)}")
-    skip = set(arguments.skip)
-    clock = Clock(arguments.seconds, min(5, arguments.rounds), arguments.rounds)
     brief = replace(clock, seconds=clock.seconds / 4)
     results = Results(arguments.out, device, arguments.commit, dtype="bfloat16")
     start = time.perf_counter()

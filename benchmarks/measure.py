@@ -201,9 +201,8 @@ def relative_error(value: Any, expected: Tensor) -> float:
 
 
 def memory(step: Callable) -> dict[str, float]:
-    """Peak MiB of a step beyond its inputs and its gradients, which are there before, from an earlier run, and after.
-
-    Not known on a CPU.
+    """Peak MiB of a step beyond its inputs and its gradients, which are there before, from an earlier run, and after;
+    of a step that lets go of them, gradients included. Not known on a CPU.
     """
     if (planned := getattr(step, "extra_mib", None)) is not None:
         return {"extra_mib": planned}

@@ -254,7 +254,7 @@ def test_a_small_training_loop_is_timed_in_both_frontends(tmp_path: Path) -> Non
         assert "failed" not in row, (label, row)
         assert 0 < row["ms_min"] <= row["ms"] <= row["ms_max"]
     assert rows["twinhead torch"]["loss_error"] <= 2 * rows["torch eager"]["loss_error"]
-    assert rows["twinhead jax"]["loss_error"] <= 2 * rows["torch eager"]["loss_error"]
+    assert rows["twinhead jax"]["loss_error"] <= 2 * rows["jax, full logits"]["loss_error"]  # whose updates round alike
 
 
 def test_a_loop_whose_gradients_are_wrong_is_not_timed(modules: None) -> None:
