@@ -14,8 +14,7 @@ def table(results: dict) -> str:
     errors = " and ".join(f"{shown(error)} at {name}" for name, error in worst.items())
     about = prose(
         f"One {results['device']}, bf16, {versions(results)}. Milliseconds of a step, and in brackets the peak MiB"
-        f" beyond weights and batch. The first losses differ from those of a float32 loop by up to {errors}, the"
-        " framework's own over full logits as much as ours."
+        f" beyond weights and batch. The first losses differ from those of a float32 loop by up to {errors}."
     )
     labels = dict.fromkeys(label for loop in loops.values() for label in loop["rows"])
     body = [[label, *(cell(loop["rows"].get(label, {})) for loop in loops.values())] for label in labels]
