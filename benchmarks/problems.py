@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,12 @@ class Result(NamedTuple):
     predicted: Any = None
 
 
+def randomness(device: str) -> tuple[torch.Generator, Callable[..., Tensor]]:
+    """A generator of the same numbers in every run, and normal ones from it, by their shape."""
+    generator = torch.Generator(device).manual_seed(0)
+    return generator, partial(torch.randn, device=device, generator=generator)
+
+
 def make_problems(size: Size, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Problem]:
     """Random data; the same with half of the tokens ignored; and peaked data.
 
@@ -39,10 +46,7 @@ def make_problems(size: Size, device: str, dtype: torch.dtype = torch.bfloat16) 
     logit is about ``log(vocab) - 0.5`` and the loss about 1.4 nats.
     """
     tokens, hidden, vocab = size
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator)
+    generator, normal = randomness(device)
 
     x = normal(tokens, hidden).to(dtype).requires_grad_()
     weight = (normal(vocab, hidden) / hidden**0.5).to(dtype).requires_grad_()
@@ -129,11 +133,7 @@ class Start(NamedTuple):
 def make_start(size: Size, device: str) -> Start:
     """Random data in bf16, whose loss falls by some 3 or 4 nats in 10 steps."""
     tokens, hidden, vocab = size
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, generator=generator)
-
+    generator, normal = randomness(device)
     labels = torch.randint(vocab, (tokens,), device=device, generator=generator)
     matrices = normal(tokens, hidden), normal(hidden, hidden) / hidden**0.5, normal(vocab, hidden) / hidden**0.5
     inputs, layer, weight = (matrix.bfloat16() for matrix in matrices)
